@@ -1,0 +1,309 @@
+"""The client: connect to a server, create experiments, train on what they select."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosample.errors import InvalidArgumentError
+from evosample.private_server import PrivateServer
+from evosample.rpc import Connection
+from evosample.run import Run
+from evosample.sampling import EvolvedSampling, ExperimentSpec, ImportanceWeight, InvalidValue, Policy, check_name
+from evosample.v1 import selection_pb2 as pb
+from evosample.wire import (
+    DEFAULT_PROJECT,
+    ExperimentName,
+    ExperimentStatus,
+    Position,
+    column,
+    ref_to_proto,
+    spec_to_proto,
+    status_from_proto,
+)
+
+_log = logging.getLogger("evosample")
+
+
+class ExportedScores(NamedTuple):
+    """The scores of all samples at an epoch's start, in the order of sample ids.
+
+    Attributes:
+        epoch: the epoch at whose start they stood; num_epochs after the last.
+        scores: float32 [num_samples].
+        sampling_weights: float32 [num_samples].
+        num_visits: uint32 [num_samples], finite losses so far.
+    """
+
+    epoch: int
+    scores: NDArray[np.float32]
+    sampling_weights: NDArray[np.float32]
+    num_visits: NDArray[np.uint32]
+
+
+def connect(
+    address: str | None = None,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    connect_timeout_s: float = 10.0,
+    outage_timeout_s: float = 300.0,
+) -> Client:
+    """Connect to a selection server or, without an address, start a private one that ends with this process.
+
+    Args:
+        address: HOST:PORT or unix:/PATH of a running `evosample-server`. The connection opens with the first call.
+        data_dir: where a private server keeps its scores, for jobs that are resumed. Default: nowhere for long.
+        connect_timeout_s: how long the first call tries to reach a server.
+        outage_timeout_s: how long later calls put up with an absent server; training goes on meanwhile with what was
+            fetched ahead.
+
+    Raises:
+        UnavailableError: the private server could not be started.
+        InvalidArgumentError: `data_dir` together with an address.
+    """
+    if address is not None and data_dir is not None:
+        raise InvalidArgumentError(
+            f"data_dir={os.fspath(data_dir)!r}: only a private server takes it; the one at {address} has its own",
+            field="data_dir",
+        )
+    server = PrivateServer(data_dir) if address is None else None
+    connection = Connection(
+        address if server is None else server.address,  # type: ignore[arg-type]  # one of the two is there
+        connect_timeout_s=connect_timeout_s,
+        outage_timeout_s=outage_timeout_s,
+    )
+    return Client(connection, server)
+
+
+class Client:
+    """A connection to a server; made by `connect`. Pickling keeps the address only."""
+
+    def __init__(self, connection: Connection, server: PrivateServer | None = None) -> None:
+        self._connection = connection
+        self._server = server
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Client, (self._connection,)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Report what is left of all runs, close the connection, and stop a private server."""
+        try:
+            for run in list(self._runs):
+                run.close()
+        finally:
+            self._connection.close()
+            if self._server is not None:
+                self._server.close()
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._connection.address
+
+    def create_experiment(
+        self,
+        name: str,
+        *,
+        num_samples: int,
+        num_epochs: int,
+        meta_batch_size: int,
+        mini_batch_size: int | None = None,
+        policy: Policy | None = None,
+        importance_weight: ImportanceWeight = "none",
+        seed: int = 0,
+        project: str = DEFAULT_PROJECT,
+    ) -> Experiment:
+        """Create an experiment, or find the one of this name if its spec is equal.
+
+        Args:
+            name: unique in its project.
+            num_samples: n, samples of the dataset; sample ids are 0..n-1.
+            num_epochs: epochs of the whole run.
+            meta_batch_size: B, samples that a step loads, over all ranks.
+            mini_batch_size: b, samples of them that are back-propagated, over all ranks. Default: all of them.
+            policy: the selection method. Default: ES.
+            importance_weight: "none", "unbiased" or "self_normalized"; see `ExperimentSpec`.
+            seed: of all random draws, 0 <= seed < 2**64.
+            project: what the experiment belongs to.
+
+        Raises:
+            InvalidArgumentError: a value is out of range, an epoch could have no step, or no step would ever select.
+            AlreadyExistsError: the name is taken by an experiment with another spec.
+        """
+        try:
+            spec = ExperimentSpec(
+                num_samples=num_samples,
+                num_epochs=num_epochs,
+                meta_batch_size=meta_batch_size,
+                mini_batch_size=cast(int, mini_batch_size),  # None stands for the default
+                policy=EvolvedSampling() if policy is None else policy,
+                importance_weight=importance_weight,
+                seed=seed,
+            )
+            request = pb.CreateExperimentRequest(ref=self._ref(name, project), spec=spec_to_proto(spec))
+        except InvalidValue as error:
+            raise InvalidArgumentError(str(error), field=error.field) from error
+        return self._experiment(self._connection.call("CreateExperiment", request).experiment)
+
+    def get_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> Experiment:
+        """Find an experiment by name; raises NotFoundError."""
+        request = pb.GetExperimentRequest(ref=self._checked_ref(name, project))
+        return self._experiment(self._connection.call("GetExperiment", request).experiment)
+
+    def list_experiments(self, *, project: str = DEFAULT_PROJECT) -> Iterator[ExperimentStatus]:
+        """All experiments of a project, in the order of their names."""
+        request = pb.ListExperimentsRequest(project=project)
+        while True:
+            page = self._connection.call("ListExperiments", request)
+            yield from map(status_from_proto, page.experiments)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def delete_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> None:
+        """Delete an experiment with its scores; raises NotFoundError."""
+        self._connection.call("DeleteExperiment", pb.DeleteExperimentRequest(ref=self._checked_ref(name, project)))
+
+    def _checked_ref(self, name: str, project: str) -> pb.ExperimentRef:
+        try:
+            return self._ref(name, project)
+        except InvalidValue as error:
+            raise InvalidArgumentError(str(error), field=error.field) from error
+
+    @staticmethod
+    def _ref(name: str, project: str) -> pb.ExperimentRef:
+        return ref_to_proto(ExperimentName(check_name("project", project), check_name("name", name)))
+
+    def _experiment(self, message: pb.Experiment) -> Experiment:
+        return Experiment(self._connection, status_from_proto(message), self._runs, is_private=self._server is not None)
+
+
+class Experiment:
+    """An experiment on the server; made by a client.
+
+    Attributes:
+        project, name, uid: what it is called.
+        spec: what was fixed at its creation, with all defaults filled in.
+    """
+
+    def __init__(
+        self, connection: Connection, status: ExperimentStatus, runs: weakref.WeakSet[Run], *, is_private: bool
+    ) -> None:
+        self.project = status.project
+        self.name = status.name
+        self.uid = status.uid
+        self.spec = status.spec
+        self._connection = connection
+        self._runs = runs
+        self._is_private = is_private
+        self._run: Run | None = None
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.project}/{self.name}, uid={self.uid})"
+
+    def num_steps(self, epoch: int) -> int:
+        """Steps of an epoch, 0 <= epoch < num_epochs."""
+        return self.spec.shape(epoch).num_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.spec.total_steps
+
+    def status(self) -> ExperimentStatus:
+        """Where the experiment stands now."""
+        return status_from_proto(
+            self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self._ref)).experiment
+        )
+
+    def epochs(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        run_id: str | None = None,
+        position: tuple[int, int] | None = None,
+        read_ahead: int = 0,
+        wait_timeout_s: float = 1800.0,
+    ) -> Run:
+        """Join a run of the experiment, and go through its epochs from `position`.
+
+        Args:
+            rank: this process's number in the job, 0 <= rank < world_size.
+            world_size: W, processes of the job; a divisor of the meta-batch and the mini-batch size.
+            run_id: names this start of the job: the same on all ranks, another for every start. Needed if W > 1.
+            position: (epoch, step) from which to go on, such as an earlier run's `position`. Default: the start of
+                the current epoch.
+            read_ahead: batches that may be taken before the losses of the one that is due are handed over.
+            wait_timeout_s: how long to wait for other ranks at an epoch's end.
+
+        Raises:
+            InvalidArgumentError: a value is out of range, or differs from the other ranks'.
+            FailedPreconditionError: the position is not retained or not reached yet, or the experiment has finished.
+        """
+        if run_id is None:
+            if world_size != 1:
+                raise InvalidArgumentError(
+                    f"run_id=None with world_size={world_size!r}: pass the same run_id on all ranks, and another for "
+                    "every start of the job",
+                    field="run_id",
+                )
+            run_id = uuid.uuid4().hex
+        if self._is_private and world_size != 1:
+            _log.warning("a private server is out of reach for other processes: is every rank in this one?")
+        request = pb.JoinRunRequest(ref=self._ref, run_id=run_id, rank=rank, world_size=world_size)
+        if position is not None:
+            request.position.CopyFrom(pb.Position(epoch=position[0], step=position[1]))
+        joined = self._connection.call("JoinRun", request)
+        start = Position(joined.position.epoch, joined.position.step)
+        if position is None and start.epoch:
+            _log.warning("experiment %s goes on at epoch %d of %d", self.name, start.epoch, self.spec.num_epochs)
+        self._run = Run(
+            self._connection,
+            self.spec,
+            pb.Member(ref=self._ref, generation=joined.generation, rank=rank, claim=joined.claim),
+            start,
+            world_size=world_size,
+            read_ahead=read_ahead,
+            wait_timeout_s=wait_timeout_s,
+        )
+        self._runs.add(self._run)
+        return self._run
+
+    def export_scores(self, *, epoch: int | None = None) -> ExportedScores:
+        """The scores at an epoch's start. Default: the latest, with all losses of epochs that every rank has finished.
+
+        Raises:
+            FailedPreconditionError: the epoch's scores are no longer retained.
+        """
+        if self._run is not None:
+            self._run.flush()
+        request = pb.ExportScoresRequest(ref=self._ref, epoch=epoch)
+        parts = self._connection.collect("ExportScores", request)
+        return ExportedScores(
+            parts[0].epoch,
+            np.concatenate([column(part.scores, np.float32) for part in parts]),
+            np.concatenate([column(part.sampling_weights, np.float32) for part in parts]),
+            np.concatenate([column(part.num_visits, np.uint32) for part in parts]),
+        )
+
+    @property
+    def _ref(self) -> pb.ExperimentRef:
+        return ref_to_proto(ExperimentName(self.project, self.name), self.uid)

@@ -1,0 +1,71 @@
+"""A server of one's own: a child process on a unix socket that ends with its parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+from evosample.errors import UnavailableError
+
+_STOP_TIMEOUT_S = 40.0
+
+
+class PrivateServer:
+    """A running server that only this user can reach.
+
+    Args:
+        data_dir: where it keeps its data. Default: a temporary folder, removed when the server is closed.
+
+    Raises:
+        UnavailableError: it does not start; with what it had to say.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str] | None = None) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="evosample-"))  # mode 0700
+        if len(str(folder)) > 90:  # a unix socket's path has at most 107 bytes
+            folder.rmdir()
+            folder = Path(tempfile.mkdtemp(prefix="evosample-", dir="/tmp"))
+        self.address = f"unix:{folder}/server.sock"
+        log_path = folder / "server.log"
+        # -P: a folder of this name in the working directory is not the package
+        command = [sys.executable, "-P", "-m", "evosample_server", "--listen", self.address]
+        command += ["--data-dir", str(data_dir or folder / "data"), "--parent-pid", str(os.getpid())]
+        command += ["--log-level", "warning"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EVOSAMPLE_")}
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603  # our own interpreter and arguments
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the training job, which then still has a server to report to
+            )
+        self._close = weakref.finalize(self, _stop, process, folder)
+        assert process.stdout is not None
+        with process.stdout as output:
+            ready = output.readline()
+        if not ready:
+            process.wait()
+            said = log_path.read_text(errors="replace").strip()
+            self.close()
+            raise UnavailableError(f"the private server could not start: {said or f'exit code {process.returncode}'}")
+
+    def close(self) -> None:
+        """Stop the server; repeating it does nothing. Also done when the interpreter ends."""
+        self._close()
+
+
+def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

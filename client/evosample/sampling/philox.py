@@ -1,0 +1,48 @@
+"""Counter-based random numbers: every draw is a pure function of (seed, purpose, epoch, step, row).
+
+Nothing is carried from one draw to the next, so a resumed job, another server or another world size draws the same
+numbers for the same rows. The bits come from Philox-4x64-10 (Salmon et al., 2011) through numpy's `random_raw`, whose
+stream numpy guarantees across versions; that of `Generator`'s methods it does not.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Purpose(enum.IntEnum):
+    """Keeps the streams of different draws apart. The numbers are part of the definition: never change one."""
+
+    SELECT = 0
+    PRUNE = 1
+    SHUFFLE = 2
+
+
+def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, count: int) -> NDArray[np.uint64]:
+    """Random bits of the rows [first, first + count) of one stream.
+
+    Philox's key is (seed, purpose), its 256-bit counter starts at (first // 4, step, epoch, 0): four numbers a count.
+
+    Args:
+        seed: 0 <= seed < 2**64.
+        first: index of the first row in the stream.
+        count: number of rows.
+
+    Returns:
+        uint64 [count].
+    """
+    block, skipped = divmod(first, 4)
+    generator = np.random.Philox(
+        key=np.array([seed, purpose], np.uint64), counter=np.array([block, step, epoch, 0], np.uint64)
+    )
+    bits: NDArray[np.uint64] = generator.random_raw(skipped + count)
+    return bits[skipped:]
+
+
+def exponentials(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Exp(1) variates: -log(u) with u = (bits // 2**12 + 1/2) / 2**52, exact in float64 and never 0 or 1."""
+    u = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return -np.log(u)

@@ -1,0 +1,118 @@
+"""Puts a server together and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from evosample.errors import InvalidArgumentError, UnavailableError
+from evosample.v1 import selection_pb2, selection_pb2_grpc
+from evosample_server.embedded import EmbeddedStore
+from evosample_server.experiments import Experiments
+from evosample_server.planner import Planner
+from evosample_server.service import SelectionService
+from evosample_server.settings import Settings
+from evosample_server.store import Store
+
+_log = structlog.get_logger()
+
+_SERVICE = selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name
+_GRACE_S = 5.0
+_SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
+    # clients may ping while they wait, so that either side soon sees that the other is gone
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+]
+
+
+def run(settings: Settings) -> None:
+    """Run a server until SIGTERM or SIGINT; raises EvosampleError if it can't start."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    embedded = None if settings.redis_url else EmbeddedStore(settings.data_dir)
+    try:
+        asyncio.run(_serve(settings, embedded.url if embedded else str(settings.redis_url)))
+    finally:
+        if embedded is not None:
+            embedded.close()
+
+
+async def _serve(settings: Settings, redis_url: str) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    store = Store(_redis(redis_url), retain_epochs=settings.retain_epochs, cache_bytes=settings.cache_bytes)
+    try:
+        await store.check()
+    except RedisError as error:
+        raise UnavailableError(f"can't use Redis at {_without_password(redis_url)}: {error}") from error
+    async with asyncio.TaskGroup() as tasks:
+        if settings.parent_pid is not None:
+            tasks.create_task(_stop_with_parent(settings.parent_pid, stopping))
+        experiments = Experiments(store, Planner(store, tasks), max_samples=settings.max_samples)
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
+        health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        reflection.enable_server_reflection(
+            [_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
+        )
+        address = _bind(server, settings.listen)
+        await server.start()
+        for service in ("", _SERVICE):
+            await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        print(f"listening on {address}", flush=True)  # noqa: T201  # whoever started the server reads it
+        await stopping.wait()
+        _log.info("stopping")
+        await health.enter_graceful_shutdown()
+        await server.stop(_GRACE_S)
+    await store.close()
+
+
+def _redis(url: str) -> Redis:
+    try:
+        return Redis.from_url(url, socket_connect_timeout=5)
+    except ValueError as error:
+        raise InvalidArgumentError(
+            f"--redis-url: {error}. Expected redis://[user:password@]host:port/db, rediss://... or unix:///path",
+            field="redis_url",
+        ) from error
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    """Bind, and return the address with the port that it got."""
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"can't listen on {listen}: is the address right (HOST:PORT or unix:/PATH), and free?"
+        ) from error
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def _stop_with_parent(parent_pid: int, stopping: asyncio.Event) -> None:
+    """Stop once the parent has ended, however it did. (A parent-death signal would fire when its thread ends.)"""
+    while not stopping.is_set():
+        if os.getppid() != parent_pid:
+            stopping.set()
+        await asyncio.sleep(0.2)

@@ -1,0 +1,440 @@
+"""The use cases: what clients ask of an experiment."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosample.errors import (
+    AlreadyExistsError,
+    EpochClosedError,
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SupersededError,
+)
+from evosample.sampling import (
+    EpochShape,
+    ExperimentSpec,
+    InvalidValue,
+    MiniBatch,
+    Scores,
+    Table,
+    check_int,
+    check_losses,
+    check_name,
+    checksum,
+    part,
+    recorded_losses,
+    select_mini_batch,
+)
+from evosample.wire import ExperimentName, ExperimentStatus, Position, check_column
+from evosample_server.planner import Planner
+from evosample_server.store import Head, Member, Store
+
+_MAX_NAMED_RANKS = 100
+_WAIT_MESSAGE_INTERVAL_S = 2.0
+_TARGET_MESSAGE_BYTES = 2**20
+_EXPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
+
+
+class Joined(NamedTuple):
+    """A rank's place in a run."""
+
+    generation: int
+    claim: int
+    position: Position
+
+
+class EpochWait(NamedTuple):
+    """The epoch is not planned yet; ranks that have not finished the one before, at most 100."""
+
+    waiting_for_ranks: list[int]
+
+
+class EpochStart(NamedTuple):
+    """The epoch is planned."""
+
+    plan_id: str
+    shape: EpochShape
+
+
+class EpochRows(NamedTuple):
+    """Consecutive steps of a rank's part; the columns are [num_steps, part rows of a step]."""
+
+    first_step: int
+    table: Table
+
+
+class Finish(NamedTuple):
+    """Steps (first, count) to be sent again, or else the ranks that have yet to finish."""
+
+    missing_steps: list[tuple[int, int]]
+    waiting_for_ranks: list[int]
+
+
+class Experiments:
+    """All experiments of one Redis. Holds no state of its own: any server can answer any call."""
+
+    def __init__(self, store: Store, planner: Planner, *, max_samples: int) -> None:
+        self._store = store
+        self._planner = planner
+        self._max_samples = max_samples
+
+    async def create(self, name: ExperimentName, uid: str, spec: ExperimentSpec) -> ExperimentStatus:
+        """Create an experiment and plan its first epoch, unless an equal one is there."""
+        if uid:
+            raise InvalidValue("ref.uid", uid, "nothing: the server chooses the uid of a new experiment")
+        if spec.num_samples > self._max_samples:
+            raise ResourceExhaustedError(
+                f"num_samples={spec.num_samples:,}: this server takes at most {self._max_samples:,} samples an "
+                "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
+            )
+        head = await self._store.head(name)
+        if head is None:
+            await self._store.create(name, spec)
+        head = await self._planner.settled(name)
+        if head is None:
+            raise NotFoundError(f"experiment {name.name!r} was deleted while it was being created", field="name")
+        if head.spec != spec:
+            differing = [
+                f"{field.name} is {ours!r}, not {theirs!r}"
+                for field in dataclasses.fields(spec)
+                if (ours := getattr(head.spec, field.name)) != (theirs := getattr(spec, field.name))
+            ]
+            raise AlreadyExistsError(
+                f"experiment {name.name!r} exists with another spec: {'; '.join(differing)}. "
+                "Choose another name, or delete it first"
+            )
+        return await self._store.status(head)
+
+    async def get(self, name: ExperimentName, uid: str) -> ExperimentStatus:
+        """An experiment's status; NotFoundError if there is none of this name and, if given, uid."""
+        return await self._store.status(await self._head(name, uid))
+
+    async def list_page(self, project: str, page_size: int, page_token: str) -> tuple[list[ExperimentStatus], str]:
+        """A page of a project's experiments in the order of their names, and the token of the next page."""
+        check_name("project", project)
+        if page_token:
+            check_name("page_token", page_token)
+        limit = check_int("page_size", page_size or 100, 1, 1000)
+        names = await self._store.list_names(project, page_token, limit)
+        page = []
+        for name in (ExperimentName(project, found) for found in names):
+            head = await self._store.head(name)
+            if head is None:
+                await self._store.forget_name(name)
+            else:
+                page.append(await self._store.status(head))
+        return page, names[-1] if len(names) == limit else ""
+
+    async def delete(self, name: ExperimentName, uid: str) -> None:
+        """Delete an experiment with everything that belongs to it."""
+        head = await self._head(name, uid)
+        if not await self._store.delete(head):
+            raise _gone(name, head.uid)
+
+    async def join(
+        self, name: ExperimentName, uid: str, *, run_id: str, rank: int, world_size: int, position: Position | None
+    ) -> Joined:
+        """Make the caller a rank of a run; a new run_id starts a new generation."""
+        check_name("run_id", run_id)
+        while True:
+            head = await self._planner.settled(name)
+            if head is None or head.uid != uid:
+                raise _gone(name, uid)
+            world_size = head.spec.check_world_size(world_size)
+            check_int("rank", rank, 0, world_size - 1)
+            target = self._target(head, run_id, position)
+            claim = secrets.randbits(63)
+            answer = await self._store.join(
+                head,
+                run_id=run_id,
+                rank=rank,
+                world_size=world_size,
+                claim=claim,
+                given=position is not None,
+                target=target,
+            )
+            match answer:
+                case ["changed"]:
+                    continue
+                case ["gone"]:
+                    raise _gone(name, uid)
+                case ["world_size", other]:
+                    raise InvalidValue(
+                        "world_size",
+                        world_size,
+                        f"{other}: the run {run_id!r} was begun with it. All ranks of a run have the same world size; "
+                        "every start of a job needs a run_id of its own",
+                    )
+                case ["position", other]:
+                    raise InvalidValue(
+                        "position",
+                        tuple(target),
+                        f"({other.replace(' ', ', ')}): the run {run_id!r} was begun there. All ranks of a run begin "
+                        "at the same position; every start of a job needs a run_id of its own",
+                    )
+                case ["not_retained", oldest]:
+                    raise FailedPreconditionError(
+                        f"position {tuple(target)}: epoch {target.epoch} is no longer retained; "
+                        f"the oldest is {oldest}, the current one {head.epoch}"
+                    )
+                case ["joined", int(generation)]:
+                    if run_id == head.run_id:
+                        target = Position(head.epoch, head.first_step)
+                    return Joined(generation, claim, target)
+                case _:
+                    raise AssertionError(answer)
+
+    @staticmethod
+    def _target(head: Head, run_id: str, position: Position | None) -> Position:
+        """Where a run that joins at `position` begins, with the epoch's end brought into one form."""
+        num_epochs = head.spec.num_epochs
+        if position is None:
+            if head.state == "finished" and run_id != head.run_id:
+                raise FailedPreconditionError(
+                    f"experiment {head.name.name!r} has finished all of its {num_epochs} epochs. "
+                    "Create one under another name, delete this one first, or go back to a position"
+                )
+            return Position(head.epoch, 0)
+        epoch = check_int("position.epoch", position.epoch, 0, num_epochs)
+        last = head.spec.shape(epoch).num_steps if epoch < num_epochs else 0
+        step = check_int("position.step", position.step, 0, last)
+        if epoch == head.epoch + 1 and step == 0:  # a run that ended just before the turn: the turn is still due
+            return Position(head.epoch, head.spec.shape(head.epoch).num_steps)
+        if epoch < head.epoch and step == last:
+            return Position(epoch + 1, 0)
+        if epoch > head.epoch:
+            raise FailedPreconditionError(
+                f"position ({epoch}, {step}) is ahead of experiment {head.name.name!r}, which stands at epoch "
+                f"{head.epoch}: is the checkpoint from another experiment?"
+            )
+        return Position(epoch, step)
+
+    async def stream(
+        self, name: ExperimentName, uid: str, member: Member, *, epoch: int, first_step: int, max_steps: int
+    ) -> AsyncIterator[EpochWait | EpochStart | EpochRows]:
+        """A rank's part of an epoch, waiting for it if it is yet to be planned."""
+        last_message_s = time.monotonic()
+        while True:
+            head = await self._head_of_member(name, uid, member)
+            if epoch < head.epoch:
+                raise EpochClosedError(f"epoch {epoch} is over: the experiment stands at epoch {head.epoch}")
+            if epoch > head.epoch + 1 or epoch > head.spec.num_epochs:
+                raise FailedPreconditionError(
+                    f"epoch {epoch} is not the next one: the experiment stands at epoch {head.epoch} "
+                    f"of {head.spec.num_epochs}"
+                )
+            if head.state in ("sealed", "unplanned"):
+                if await self._planner.turn(head):
+                    continue
+            elif epoch == head.epoch:
+                break
+            if time.monotonic() - last_message_s >= _WAIT_MESSAGE_INTERVAL_S:
+                ranks = await self._store.unfinished_ranks(head) if head.state == "open" else []
+                yield EpochWait(ranks[:_MAX_NAMED_RANKS])
+                last_message_s = time.monotonic()
+            await self._planner.wait(head)
+        if head.state == "finished":
+            return
+        shape = head.spec.shape(epoch)
+        check_int("first_step", first_step, 0, shape.num_steps)
+        yield EpochStart(head.plan_id, shape)
+        stop = min(first_step + max_steps, shape.num_steps) if max_steps else shape.num_steps
+        async for rows in self._rows(head, shape, member.rank, first_step, stop):
+            yield rows
+
+    async def _rows(
+        self, head: Head, shape: EpochShape, rank: int, first_step: int, stop: int
+    ) -> AsyncIterator[EpochRows]:
+        row_bytes = sum(rows.itemsize for rows in await self._store.read_table(head, 0, 0) if rows is not None)
+        chunk = max(_TARGET_MESSAGE_BYTES // (row_bytes * shape.step_rows // head.world_size), 1)
+        for step in range(first_step, stop, chunk):
+            yield await self._part(head, shape, rank, step, min(chunk, stop - step))
+
+    async def _part(self, head: Head, shape: EpochShape, rank: int, first_step: int, num_steps: int) -> EpochRows:
+        rows = await self._store.read_table(head, first_step * shape.step_rows, num_steps * shape.step_rows)
+
+        def mine(column: NDArray[Any]) -> NDArray[Any]:
+            return part(column, shape.step_rows, rank, head.world_size)
+
+        weights = None if rows.importance_weights is None else mine(rows.importance_weights)
+        return EpochRows(first_step, Table(mine(rows.sample_ids), mine(rows.prior_scores), weights))
+
+    async def report(
+        self,
+        name: ExperimentName,
+        uid: str,
+        member: Member,
+        *,
+        plan_id: str,
+        first_step: int,
+        num_steps: int,
+        losses: bytes,
+    ) -> int:
+        """Record a rank's losses of consecutive steps; returns how many were not finite."""
+        head = await self._head_of_member(name, uid, member)
+        self._check_open(head, plan_id)
+        shape = head.spec.shape(head.epoch)
+        check_int("first_step", first_step, 0, shape.num_steps - 1)
+        check_int("num_steps", num_steps, 1, shape.num_steps - first_step)
+        part_rows = shape.step_rows // head.world_size
+        values = check_column("losses", losses, num_steps * part_rows)
+        return await self._record(head, member, plan_id, first_step * part_rows, values)
+
+    async def _record(
+        self, head: Head, member: Member, plan_id: str, first_row: int, losses: NDArray[np.float32]
+    ) -> int:
+        check_losses(losses)
+        recorded, num_non_finite = recorded_losses(losses)
+        answer = await self._store.write_losses(head, member, plan_id=plan_id, first_row=first_row, losses=recorded)
+        self._check_answer(answer, head, member, plan_id)
+        return num_non_finite
+
+    async def select(
+        self, name: ExperimentName, uid: str, member: Member, *, plan_id: str, step: int, losses: bytes
+    ) -> tuple[MiniBatch, int]:
+        """Record a rank's losses of one step and draw its mini-batch; returns also how many were not finite."""
+        head = await self._head_of_member(name, uid, member)
+        self._check_open(head, plan_id)
+        shape = head.spec.shape(head.epoch)
+        check_int("step", step, 0, shape.num_steps - 1)
+        part_rows = shape.step_rows // head.world_size
+        values = check_column("losses", losses, part_rows)
+        rows = (await self._part(head, shape, member.rank, step, 1)).table
+        num_non_finite = await self._record(head, member, plan_id, step * part_rows, values)
+        mini_batch = select_mini_batch(
+            head.spec,
+            epoch=head.epoch,
+            step=step,
+            rank=member.rank,
+            world_size=head.world_size,
+            prior_scores=rows.prior_scores[0],
+            losses=values,
+            set_importance_weights=None if rows.importance_weights is None else rows.importance_weights[0],
+        )
+        return mini_batch, num_non_finite
+
+    async def finish(
+        self,
+        name: ExperimentName,
+        uid: str,
+        member: Member,
+        *,
+        epoch: int,
+        plan_id: str,
+        reported_rows: int | None,
+        expected_checksum: int | None,
+    ) -> Finish:
+        """Mark a rank's part as reported; the last rank's call seals the epoch and starts the turn."""
+        head = await self._head_of_member(name, uid, member)
+        if head.epoch <= epoch and (reported_rows is not None or expected_checksum is not None):
+            self._check_open(head, plan_id, "sealed")
+            missing_steps = await self._missing_steps(head, member, reported_rows, expected_checksum)
+            if missing_steps:
+                return Finish(missing_steps, [])
+        answer = await self._store.finish(head, member, plan_id=plan_id, epoch=epoch)
+        self._check_answer(answer, head, member, plan_id)
+        head = await self._head_of_member(name, uid, member)
+        if head.epoch > epoch:
+            return Finish([], [])
+        if head.state == "sealed":
+            self._planner.start_turn(head)
+        return Finish([], (await self._store.unfinished_ranks(head))[:_MAX_NAMED_RANKS])
+
+    async def _missing_steps(
+        self, head: Head, member: Member, reported_rows: int | None, expected_checksum: int | None
+    ) -> list[tuple[int, int]]:
+        """What differs from what the rank says it reported: the steps without losses or, if none, all steps."""
+        shape = head.spec.shape(head.epoch)
+        part_rows = shape.step_rows // head.world_size
+        losses = await self._store.read_part_losses(
+            head, head.plan_id, member.generation, member.rank, 0, shape.num_steps * part_rows
+        )
+        reported = ~np.isnan(losses)
+        matches_rows = reported_rows is None or np.count_nonzero(reported) == reported_rows
+        if matches_rows and expected_checksum in (None, await asyncio.to_thread(checksum, losses)):
+            return []
+        first = head.first_step
+        missing = ~reported.reshape(shape.num_steps, part_rows)[first:].all(axis=1)
+        if not missing.any():
+            return [(first, shape.num_steps - first)]
+        edges = np.flatnonzero(np.diff(missing, prepend=False, append=False)) + first
+        return [(int(start), int(stop - start)) for start, stop in edges.reshape(-1, 2)]
+
+    async def export(self, name: ExperimentName, uid: str, epoch: int | None) -> AsyncIterator[tuple[int, int, Scores]]:
+        """The scores at an epoch's start, as (epoch, first sample, scores of the samples from there)."""
+        await self._planner.settled(name)
+        head = await self._head(name, uid)
+        wanted = head.epoch if epoch is None else epoch
+        plan_id = await self._store.plan_of_epoch(head, wanted)
+        if plan_id is None:
+            retained = ", ".join(map(str, await self._store.retained_epochs(head)))
+            raise FailedPreconditionError(
+                f"the scores of epoch {wanted} are not here; retained are those of {retained}"
+            )
+        for first in range(0, head.spec.num_samples, _EXPORT_ROWS):
+            count = min(_EXPORT_ROWS, head.spec.num_samples - first)
+            yield wanted, first, await self._store.read_score_rows(head, plan_id, first, count)
+
+    # What a request must match
+
+    async def _head(self, name: ExperimentName, uid: str) -> Head:
+        head = await self._store.head(name)
+        if head is None or (uid and uid != head.uid):
+            raise _gone(name, uid if head is not None else "")
+        return head
+
+    async def _head_of_member(self, name: ExperimentName, uid: str, member: Member) -> Head:
+        if not uid:
+            raise InvalidValue("ref.uid", uid, "the uid that CreateExperiment or GetExperiment gave")
+        head = await self._head(name, uid)
+        if not await self._store.is_current(head, member):
+            raise _superseded(head, member)
+        return head
+
+    @staticmethod
+    def _check_open(head: Head, plan_id: str, *also: str) -> None:
+        if plan_id != head.plan_id or head.state not in ("open", *also):
+            raise EpochClosedError(f"plan {plan_id!r} is not open: the experiment stands at epoch {head.epoch}")
+
+    def _check_answer(self, answer: str, head: Head, member: Member, plan_id: str) -> None:
+        """Turn a script's refusal into its error: what was checked before may have changed since."""
+        match answer:
+            case "gone":
+                raise _gone(head.name, head.uid)
+            case "superseded":
+                raise _superseded(head, member)
+            case "closed":
+                raise EpochClosedError(f"plan {plan_id!r} has just been closed")
+
+
+def _gone(name: ExperimentName, uid: str) -> NotFoundError:
+    if uid:
+        return NotFoundError(
+            f"ref.uid={uid!r}: the experiment {name.name!r} of this uid was deleted; get the one of that name anew",
+            field="ref.uid",
+        )
+    return NotFoundError(
+        f"ref.name={name.name!r}: project {name.project!r} has no such experiment; create it, or list those there are",
+        field="ref.name",
+    )
+
+
+def _superseded(head: Head, member: Member) -> SupersededError:
+    if member.generation != head.generation:
+        return SupersededError(
+            f"run {member.generation} of experiment {head.name.name!r} was superseded by run {head.generation} "
+            f"({head.run_id!r}): another job has joined the experiment"
+        )
+    return SupersededError(
+        f"another process has joined run {head.run_id!r} of experiment {head.name.name!r} as rank {member.rank}"
+    )

@@ -1,0 +1,77 @@
+"""The names of all Redis keys; nowhere else is one spelled.
+
+Every key of an experiment carries the hash tag {project/name}, so that all of them lie in one cluster slot and a script
+may touch several; all but the head carry its uid, so that an experiment created again under the name shares none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evosample.wire import ExperimentName
+
+# Rows of a column in one string key: 4 MB of float32, just inside an allocator class.
+BLOCK_ROWS = 1_000_000
+
+
+def names(project: str) -> str:
+    """Sorted set: the names of a project's experiments."""
+    return f"evosample:{{{project}}}:experiments"
+
+
+def head(name: ExperimentName) -> str:
+    """Hash: an experiment's head."""
+    return f"evosample:{{{name.project}/{name.name}}}:head"
+
+
+@dataclass(frozen=True)
+class ExperimentKeys:
+    """The keys of one experiment."""
+
+    name: ExperimentName
+    uid: str
+
+    def _key(self, *parts: object) -> str:
+        return ":".join([f"evosample:{{{self.name.project}/{self.name.name}}}", self.uid, *map(str, parts)])
+
+    @property
+    def head(self) -> str:
+        """Hash: uid, spec, state, epoch, plan_id, generation, run_id, world_size, first_step, create_time."""
+        return head(self.name)
+
+    @property
+    def claims(self) -> str:
+        """Hash: rank -> claim of its latest process, in the current generation."""
+        return self._key("claims")
+
+    @property
+    def finished(self) -> str:
+        """Set: ranks that have finished the current epoch."""
+        return self._key("finished")
+
+    @property
+    def plans(self) -> str:
+        """Hash: plan_id -> epoch of everything that has columns; written before the first of them."""
+        return self._key("plans")
+
+    @property
+    def epochs(self) -> str:
+        """Hash: epoch -> plan_id of the retained epochs."""
+        return self._key("epochs")
+
+    @property
+    def turn_lock(self) -> str:
+        """String: the token of whoever is planning the next epoch."""
+        return self._key("turn")
+
+    def plan(self, plan_id: str) -> str:
+        """Hash of a plan: generation:<g> -> "world_size first_step", and the experiment's row counts so far."""
+        return self._key(plan_id)
+
+    def column(self, plan_id: str, column: str, block: int) -> str:
+        """String: one block of a column of a plan."""
+        return self._key(plan_id, column, block)
+
+    def losses(self, plan_id: str, generation: int, rank: int, block: int) -> str:
+        """String: one block of the losses that a rank of a generation reported, in its part's order."""
+        return self._key(plan_id, "loss", f"g{generation}", f"r{rank}", block)

@@ -1,0 +1,27 @@
+-- Moves the head to a plan whose columns are complete, if it still stands where the planner read it.
+-- KEYS: head, plans, epochs, finished, plan
+-- ARGV: uid, epoch, state, plan_id, generation (as read); new epoch, new plan_id, new state; then the new plan's row
+--       counts: field, value, ...
+-- Returns 1, or 0 if another got there first.
+local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'world_size', 'first_step')
+for i = 1, 5 do
+  if h[i] ~= ARGV[i] then
+    return 0
+  end
+end
+local epoch, plan_id, state = ARGV[6], ARGV[7], ARGV[8]
+if redis.call('HEXISTS', KEYS[2], plan_id) == 0 then
+  return 0
+end
+local first_step = h[7]
+if epoch ~= h[2] then
+  first_step = '0'
+  redis.call('DEL', KEYS[4])
+end
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'plan_id', plan_id, 'state', state, 'first_step', first_step)
+redis.call('HSET', KEYS[3], epoch, plan_id)
+redis.call('HSET', KEYS[5], unpack(ARGV, 9))
+if h[5] ~= '0' then
+  redis.call('HSET', KEYS[5], 'generation:' .. h[5], h[6] .. ' ' .. first_step)
+end
+return 1

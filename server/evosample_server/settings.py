@@ -1,0 +1,43 @@
+"""What a server can be told: by options, or by environment variables of the same name with the prefix EVOSAMPLE_."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Selection server: keeps the scores of training samples in Redis, and streams over gRPC what to train on."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EVOSAMPLE_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="evosample-server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+    )
+
+    listen: str = Field(
+        "127.0.0.1:50051", description="address to listen on: HOST:PORT (port 0: any, printed), or unix:/PATH"
+    )
+    redis_url: str | None = Field(
+        None,
+        description="Redis or Valkey to use, such as redis://:password@host:6379/0; without it one is started in "
+        "--data-dir, and ends with the server",
+    )
+    data_dir: Path = Field(Path("evosample-data"), description="where the server's own Valkey keeps its data")
+    max_samples: int = Field(
+        200_000_000, ge=1, description="largest num_samples of an experiment; planning takes about 100 bytes a sample"
+    )
+    retain_epochs: int = Field(
+        2, ge=1, description="epochs whose scores are kept, the current one counted; a job can go back to these"
+    )
+    cache_bytes: int = Field(2**30, ge=0, description="memory for columns that were read or written lately")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
+    parent_pid: int | None = Field(None, description="stop when this process, the server's parent, ends")

@@ -1,0 +1,554 @@
+"""Experiments in Redis: the head, which only scripts change, and the columns, which are written once."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import importlib.resources
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from evosample.errors import DataLossError, FailedPreconditionError
+from evosample.sampling import ExperimentSpec, Scores, Table, loss_bits, losses_of_bits, part, sample_id_dtype
+from evosample.v1 import selection_pb2 as pb
+from evosample.wire import ExperimentName, ExperimentState, ExperimentStatus, Position, spec_from_proto, spec_to_proto
+from evosample_server import keys
+from evosample_server.keys import BLOCK_ROWS, ExperimentKeys
+
+_log = structlog.get_logger()
+
+_SCRIPTS = ("create", "register", "write", "join", "report", "finish", "commit", "delete", "forget")
+_TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
+_SCORE_COLUMNS = ("score", "sampling_weight", "num_visits")
+
+
+@dataclass(frozen=True)
+class Head:
+    """An experiment's head as it was read. Scripts compare it with what stands when they run."""
+
+    name: ExperimentName
+    uid: str
+    spec: ExperimentSpec
+    state: ExperimentState
+    epoch: int
+    plan_id: str
+    generation: int
+    run_id: str
+    world_size: int
+    first_step: int
+    create_time: datetime.datetime
+
+    @property
+    def keys(self) -> ExperimentKeys:
+        return ExperimentKeys(self.name, self.uid)
+
+    def identity(self) -> list[str | int]:
+        """What join and commit expect to find unchanged."""
+        return [self.uid, self.epoch, self.state, self.plan_id, self.generation]
+
+
+class Member(NamedTuple):
+    """A process's membership of a run, as it claims it."""
+
+    generation: int
+    rank: int
+    claim: int
+
+
+class RowCounts(NamedTuple):
+    """Rows of an experiment's epochs so far, by what became of them."""
+
+    visited_rows: int = 0
+    non_finite_rows: int = 0
+    unreported_rows: int = 0
+
+
+class PlanGeneration(NamedTuple):
+    """A run's share in an epoch: from which step on it reported."""
+
+    generation: int
+    world_size: int
+    first_step: int
+
+
+class PlanInfo(NamedTuple):
+    """What is known of a plan beside its columns."""
+
+    row_counts: RowCounts
+    generations: tuple[PlanGeneration, ...]
+
+
+class _Block(NamedTuple):
+    """A stretch of rows within one block."""
+
+    number: int
+    start: int
+    num_rows: int
+
+
+def _blocks(first: int, count: int) -> list[_Block]:
+    """The stretches that the rows [first, first + count) fall into."""
+    stop = first + count
+    return [
+        _Block(
+            index,
+            max(first - index * BLOCK_ROWS, 0),
+            min(stop, (index + 1) * BLOCK_ROWS) - max(first, index * BLOCK_ROWS),
+        )
+        for index in range(first // BLOCK_ROWS, -(-stop // BLOCK_ROWS))
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _spec(data: bytes) -> ExperimentSpec:
+    return spec_from_proto(pb.ExperimentSpec.FromString(data))
+
+
+class Store:
+    """The verbs that experiments need of Redis.
+
+    Args:
+        redis: a client that does not decode responses.
+        retain_epochs: epochs whose scores and losses are kept, the current one counted.
+        cache_bytes: bound of the memory that holds blocks of columns.
+    """
+
+    def __init__(self, redis: Redis, *, retain_epochs: int, cache_bytes: int) -> None:
+        self._redis = redis
+        self._retain_epochs = retain_epochs
+        self._cache = _BlockCache(cache_bytes)
+        folder = importlib.resources.files(__package__) / "scripts"
+        self._scripts = {name: redis.register_script((folder / f"{name}.lua").read_text()) for name in _SCRIPTS}
+
+    async def check(self) -> None:
+        """Raises if Redis does not answer, or would throw data away when its memory is full."""
+        await cast(Any, self._redis.ping())
+        try:
+            config = await self._redis.config_get("maxmemory-policy")
+        except ResponseError:  # managed services hide CONFIG
+            _log.warning("cannot read Redis's maxmemory-policy: make sure that it is noeviction")
+            return
+        policy = next(iter(config.values()))
+        if policy not in ("noeviction", b"noeviction"):
+            policy = policy.decode() if isinstance(policy, bytes) else policy
+            raise FailedPreconditionError(
+                f"Redis has maxmemory-policy {policy}, which deletes scores when memory runs out: "
+                "set it to noeviction (redis-cli config set maxmemory-policy noeviction)"
+            )
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _run(self, script: str, script_keys: list[str], args: Iterable[Any]) -> Any:
+        return await self._scripts[script](keys=script_keys, args=list(args))
+
+    # The head
+
+    async def head(self, name: ExperimentName) -> Head | None:
+        """The head as it stands; None if there is none, or only a tombstone."""
+        fields = await cast(Any, self._redis.hgetall(keys.head(name)))
+        if not fields.get(b"uid"):
+            return None
+        return Head(
+            name=name,
+            uid=fields[b"uid"].decode(),
+            spec=_spec(fields[b"spec"]),
+            state=cast(ExperimentState, fields[b"state"].decode()),
+            epoch=int(fields[b"epoch"]),
+            plan_id=fields[b"plan_id"].decode(),
+            generation=int(fields[b"generation"]),
+            run_id=fields[b"run_id"].decode(),
+            world_size=int(fields[b"world_size"]),
+            first_step=int(fields[b"first_step"]),
+            create_time=datetime.datetime.fromtimestamp(int(fields[b"create_time"]), datetime.UTC),
+        )
+
+    async def status(self, head: Head) -> ExperimentStatus:
+        """Everything that is shown of an experiment."""
+        finished = await cast(Any, self._redis.smembers(head.keys.finished))
+        counts = (await self.plan_info(head, head.plan_id)).row_counts
+        return ExperimentStatus(
+            project=head.name.project,
+            name=head.name.name,
+            uid=head.uid,
+            spec=head.spec,
+            state=head.state,
+            epoch=head.epoch,
+            generation=head.generation,
+            world_size=head.world_size,
+            finished_ranks=tuple(sorted(map(int, finished))),
+            create_time=head.create_time,
+            **counts._asdict(),
+        )
+
+    async def create(self, name: ExperimentName, spec: ExperimentSpec) -> None:
+        """Make a head without a planned epoch, unless there is one."""
+        await self._finish_deletion(name)
+        seconds, _ = await cast(Any, self._redis.time())
+        fields: dict[str, Any] = {
+            "uid": secrets.token_hex(8),
+            "spec": spec_to_proto(spec).SerializeToString(deterministic=True),
+            "state": "unplanned",
+            "epoch": 0,
+            "plan_id": "",
+            "generation": 0,
+            "run_id": "",
+            "world_size": 0,
+            "first_step": 0,
+            "create_time": seconds,
+        }
+        await self._run("create", [keys.head(name)], (item for pair in fields.items() for item in pair))
+        # After the head, and by every attempt: a name in the index without a head is mended by whoever lists it.
+        await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
+
+    async def list_names(self, project: str, after: str, limit: int) -> list[str]:
+        """Up to `limit` names of a project's experiments, in order, that come after `after`."""
+        start = f"({after}" if after else "-"
+        found = await cast(Any, self._redis.zrangebylex(keys.names(project), start, "+", start=0, num=limit))
+        return [name.decode() for name in found]
+
+    async def forget_name(self, name: ExperimentName) -> None:
+        """Take a name without a head out of the index."""
+        await cast(Any, self._redis.zrem(keys.names(name.project), name.name))
+        if await self.head(name) is not None:  # created again in between
+            await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
+
+    async def delete(self, head: Head) -> bool:
+        """Delete an experiment; False if it is gone already."""
+        if not await self._run("delete", [head.keys.head], [head.uid]):
+            return False
+        await self._finish_deletion(head.name)
+        await self.forget_name(head.name)
+        return True
+
+    async def _finish_deletion(self, name: ExperimentName) -> None:
+        """Remove what a tombstone stands for. Repeating it does no harm, so it survives any crash."""
+        deleted_uid, spec = await cast(Any, self._redis.hmget(keys.head(name), "deleted_uid", "spec"))
+        if deleted_uid is None:
+            return
+        gone = ExperimentKeys(name, deleted_uid.decode())
+        for plan_id in await cast(Any, self._redis.hkeys(gone.plans)):
+            await self._unlink_plan(gone, _spec(spec), plan_id.decode())
+        await self._run(
+            "forget", [gone.head, gone.claims, gone.finished, gone.plans, gone.epochs, gone.turn_lock], [gone.uid]
+        )
+
+    async def join(
+        self, head: Head, *, run_id: str, rank: int, world_size: int, claim: int, given: bool, target: Position
+    ) -> list[Any]:
+        """One atomic attempt to join; see join.lua for the answers."""
+        experiment = head.keys
+        script_keys = [
+            experiment.head,
+            experiment.claims,
+            experiment.finished,
+            experiment.epochs,
+            experiment.plan(head.plan_id),
+        ]
+        position = f"{target.epoch} {target.step}" if given else ""
+        args = [*head.identity(), run_id, rank, world_size, claim, position, target.epoch, target.step]
+        return [
+            item.decode() if isinstance(item, bytes) else item for item in await self._run("join", script_keys, args)
+        ]
+
+    async def is_current(self, head: Head, member: Member) -> bool:
+        """Whether a member is the latest process of its rank in the latest run."""
+        claim = await cast(Any, self._redis.hget(head.keys.claims, str(member.rank)))
+        return member.generation == head.generation and claim == str(member.claim).encode()
+
+    async def unfinished_ranks(self, head: Head) -> list[int]:
+        """Ranks that have not finished the current epoch, ascending."""
+        finished = {int(rank) for rank in await cast(Any, self._redis.smembers(head.keys.finished))}
+        return [rank for rank in range(head.world_size) if rank not in finished]
+
+    async def finish(self, head: Head, member: Member, *, plan_id: str, epoch: int) -> str:
+        """Mark a rank as finished; see finish.lua for the answers."""
+        experiment = head.keys
+        script_keys = [experiment.head, experiment.claims, experiment.finished]
+        answer = await self._run("finish", script_keys, [head.uid, plan_id, *member, epoch])
+        return cast(bytes, answer).decode()
+
+    async def lock_turn(self, head: Head, token: str, ttl_s: float) -> bool:
+        """Take or renew the lock of an experiment's turn. It only saves work: what is correct is up to the commit."""
+        ttl_ms = int(ttl_s * 1000)
+        if await self._redis.set(head.keys.turn_lock, token, nx=True, px=ttl_ms):
+            return True
+        if await self._redis.get(head.keys.turn_lock) != token.encode():
+            return False
+        await self._redis.pexpire(head.keys.turn_lock, ttl_ms)
+        return True
+
+    async def unlock_turn(self, head: Head, token: str) -> None:
+        """Give the lock back, if it is still ours."""
+        if await self._redis.get(head.keys.turn_lock) == token.encode():
+            await self._redis.delete(head.keys.turn_lock)
+
+    # Plans
+
+    async def register_plan(self, head: Head, plan_id: str, epoch: int) -> bool:
+        """Make a plan's columns findable before the first is written; False if the experiment is gone."""
+        return bool(await self._run("register", [head.keys.head, head.keys.plans], [head.uid, plan_id, epoch]))
+
+    async def plan_of_epoch(self, head: Head, epoch: int) -> str | None:
+        """The plan of a retained epoch."""
+        plan_id = await cast(Any, self._redis.hget(head.keys.epochs, str(epoch)))
+        return None if plan_id is None else plan_id.decode()
+
+    async def retained_epochs(self, head: Head) -> list[int]:
+        """Epochs whose scores are kept, ascending."""
+        return sorted(map(int, await cast(Any, self._redis.hkeys(head.keys.epochs))))
+
+    async def plan_info(self, head: Head, plan_id: str) -> PlanInfo:
+        """The counts and generations of a plan; zeros for one that is not committed yet."""
+        return await self._plan_info(head.keys, plan_id)
+
+    async def _plan_info(self, experiment: ExperimentKeys, plan_id: str) -> PlanInfo:
+        fields = await cast(Any, self._redis.hgetall(experiment.plan(plan_id)))
+        generations = [
+            PlanGeneration(int(field.split(b":")[1]), *map(int, value.split()))
+            for field, value in fields.items()
+            if field.startswith(b"generation:")
+        ]
+        counts = RowCounts(*(int(fields.get(field.encode(), 0)) for field in RowCounts._fields))
+        return PlanInfo(counts, tuple(sorted(generations)))
+
+    async def write_scores(self, head: Head, plan_id: str, scores: Scores) -> bool:
+        """Write a plan's scores; False if the plan was collected meanwhile."""
+        return await self._write_columns(head, plan_id, dict(zip(_SCORE_COLUMNS, scores, strict=True)))
+
+    async def write_table(self, head: Head, plan_id: str, table: Table) -> bool:
+        """Write a plan's table; False if the plan was collected meanwhile."""
+        columns = dict(zip(_TABLE_COLUMNS, table, strict=True))
+        return await self._write_columns(head, plan_id, {k: v for k, v in columns.items() if v is not None})
+
+    async def _write_columns(self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]]) -> bool:
+        experiment = head.keys
+        for column, values in columns.items():
+            for block in _blocks(0, len(values)):
+                # a copy: a cached view would keep the whole column alive
+                rows = values[block.number * BLOCK_ROWS :][: block.num_rows].copy()
+                rows.flags.writeable = False
+                key = experiment.column(plan_id, column, block.number)
+                args = [head.uid, plan_id, rows.data.cast("B")]
+                if not await self._run("write", [experiment.head, experiment.plans, key], args):
+                    return False
+                self._cache.put(key, rows)
+        return True
+
+    async def commit(
+        self, head: Head, *, epoch: int, plan_id: str, state: ExperimentState, row_counts: RowCounts
+    ) -> bool:
+        """Move the head to a plan whose columns are complete; False if another got there first."""
+        experiment = head.keys
+        script_keys = [
+            experiment.head,
+            experiment.plans,
+            experiment.epochs,
+            experiment.finished,
+            experiment.plan(plan_id),
+        ]
+        counts = (item for pair in row_counts._asdict().items() for item in pair)
+        return bool(await self._run("commit", script_keys, [*head.identity(), epoch, plan_id, state, *counts]))
+
+    async def drop_plan(self, head: Head, plan_id: str) -> None:
+        """Remove a plan that lost, with all its columns."""
+        await self._unlink_plan(head.keys, head.spec, plan_id)
+        await cast(Any, self._redis.hdel(head.keys.plans, plan_id))
+
+    async def collect(self, head: Head) -> None:
+        """Remove what is no longer retained: old epochs, past epochs' tables, plans that lost. Repeatable."""
+        experiment = head.keys
+        registered = await cast(Any, self._redis.hgetall(experiment.plans))
+        retained = await cast(Any, self._redis.hgetall(experiment.epochs))
+        for epoch, plan_id in list(retained.items()):
+            if int(epoch) <= head.epoch - self._retain_epochs:
+                await cast(Any, self._redis.hdel(experiment.epochs, epoch))
+                del retained[epoch]
+            elif int(epoch) < head.epoch:
+                await self._unlink(self._column_keys(experiment, head.spec, plan_id.decode(), _TABLE_COLUMNS))
+        for plan_id, epoch in registered.items():
+            if int(epoch) <= head.epoch and retained.get(epoch) != plan_id:
+                await self.drop_plan(head, plan_id.decode())
+
+    async def _unlink_plan(self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str) -> None:
+        info = await self._plan_info(experiment, plan_id)
+        await self._unlink(self._column_keys(experiment, spec, plan_id, _TABLE_COLUMNS + _SCORE_COLUMNS))
+        for generation, world_size, _ in info.generations:
+            num_blocks = (
+                -(-spec.num_samples // world_size // BLOCK_ROWS) + 1
+            )  # an upper bound: a table has n rows at most
+            await self._unlink(
+                [
+                    experiment.losses(plan_id, generation, rank, block)
+                    for rank in range(world_size)
+                    for block in range(num_blocks)
+                ]
+            )
+        await self._redis.unlink(experiment.plan(plan_id))
+
+    @staticmethod
+    def _column_keys(
+        experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: tuple[str, ...]
+    ) -> list[str]:
+        blocks = range(-(-spec.num_samples // BLOCK_ROWS))
+        return [experiment.column(plan_id, column, block) for column in columns for block in blocks]
+
+    async def _unlink(self, names: list[str]) -> None:
+        for name in names:
+            self._cache.drop(name)
+        for first in range(0, len(names), 1000):
+            await self._redis.unlink(*names[first : first + 1000])
+
+    # Columns
+
+    async def read_scores(self, head: Head, plan_id: str) -> Scores:
+        """All samples' scores at the start of a plan's epoch."""
+        return await self.read_score_rows(head, plan_id, 0, head.spec.num_samples)
+
+    async def read_score_rows(self, head: Head, plan_id: str, first: int, count: int) -> Scores:
+        """Scores of the samples [first, first + count)."""
+        dtypes = (np.float32, np.float32, np.uint32)
+        columns = [
+            await self._read(head, plan_id, column, dtype, first, count, head.spec.num_samples)
+            for column, dtype in zip(_SCORE_COLUMNS, dtypes, strict=True)
+        ]
+        return Scores(*columns)
+
+    async def read_table(self, head: Head, first: int, count: int) -> Table:
+        """Rows [first, first + count) of the current epoch's table."""
+        num_rows = head.spec.shape(head.epoch).num_rows
+        dtypes = (sample_id_dtype(head.spec.num_samples), np.dtype(np.float32), np.dtype(np.float32))
+        has_weights = head.spec.importance_weight != "none"
+        columns = [
+            await self._read(head, head.plan_id, column, dtype, first, count, num_rows)
+            for column, dtype in zip(_TABLE_COLUMNS[: 3 if has_weights else 2], dtypes, strict=False)
+        ]
+        return Table(columns[0], columns[1], columns[2] if has_weights else None)
+
+    async def _read(
+        self, head: Head, plan_id: str, column: str, dtype: Any, first: int, count: int, total: int
+    ) -> NDArray[Any]:
+        pieces = []
+        for block in _blocks(first, count):
+            key = head.keys.column(plan_id, column, block.number)
+            rows = self._cache.get(key)
+            if rows is None:
+                num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
+                rows = await self._read_block(key, np.dtype(dtype), num_rows)
+            pieces.append(rows[block.start : block.start + block.num_rows])
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype)
+
+    async def _read_block(self, key: str, dtype: np.dtype[Any], num_rows: int) -> NDArray[Any]:
+        async with self._cache.loading(key):
+            rows = self._cache.get(key)  # another reader may have brought it
+            if rows is None:
+                data = await self._redis.get(key)
+                expected = num_rows * dtype.itemsize
+                if data is None or len(data) != expected:
+                    raise DataLossError(
+                        f"the store has {0 if data is None else len(data):,} of {expected:,} bytes of {key}: "
+                        "it lost committed data. Restore a backup of Redis, or delete the experiment"
+                    )
+                rows = np.frombuffer(cast(bytes, data), dtype)
+                self._cache.put(key, rows)
+        return rows
+
+    # Losses
+
+    async def write_losses(
+        self, head: Head, member: Member, *, plan_id: str, first_row: int, losses: NDArray[np.float32]
+    ) -> str:
+        """Record losses of rows of a rank's part; see report.lua for the answers."""
+        experiment = head.keys
+        bits = loss_bits(losses).astype("<u4", copy=False)
+        script_keys = [experiment.head, experiment.claims]
+        args: list[Any] = [head.uid, plan_id, *member]
+        done = 0
+        for block in _blocks(first_row, len(bits)):
+            script_keys.append(experiment.losses(plan_id, member.generation, member.rank, block.number))
+            args += [4 * block.start, bits[done : done + block.num_rows].tobytes()]
+            done += block.num_rows
+        return cast(bytes, await self._run("report", script_keys, args)).decode()
+
+    async def read_part_losses(
+        self, head: Head, plan_id: str, generation: int, rank: int, first_row: int, num_rows: int
+    ) -> NDArray[np.float32]:
+        """Losses of rows of a rank's part, NaN where not reported."""
+        bits = np.zeros(num_rows, "<u4")
+        done = 0
+        for block in _blocks(first_row, num_rows):
+            key = head.keys.losses(plan_id, generation, rank, block.number)
+            stop = 4 * (block.start + block.num_rows)
+            data = await self._redis.getrange(key, 4 * block.start, stop - 1)
+            found = np.frombuffer(cast(bytes, data), "<u4")
+            bits[done : done + len(found)] = found
+            done += block.num_rows
+        return losses_of_bits(bits)
+
+    async def read_losses(self, head: Head) -> NDArray[np.float32]:
+        """All losses of the current epoch in row order, NaN where not reported.
+
+        A run's losses count up to the step from which a later run reported.
+        """
+        shape = head.spec.shape(head.epoch)
+        losses = np.full(shape.num_rows, np.nan, np.float32)
+        stop = shape.num_steps
+        for generation, world_size, first_step in reversed((await self.plan_info(head, head.plan_id)).generations):
+            part_rows = shape.step_rows // world_size
+            num_steps = max(stop - first_step, 0)
+            steps = losses[first_step * shape.step_rows : stop * shape.step_rows]
+            for rank in range(world_size if num_steps else 0):
+                part(steps, shape.step_rows, rank, world_size)[:] = (
+                    await self.read_part_losses(
+                        head, head.plan_id, generation, rank, first_step * part_rows, num_steps * part_rows
+                    )
+                ).reshape(num_steps, part_rows)
+            stop = min(stop, first_step)
+        return losses
+
+
+class _BlockCache:
+    """Blocks of columns by key, least recently used out first. A block never changes, so it can't be stale."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._blocks: OrderedDict[str, NDArray[Any]] = OrderedDict()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def get(self, key: str) -> NDArray[Any] | None:
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+        return self._blocks.get(key)
+
+    def put(self, key: str, rows: NDArray[Any]) -> None:
+        self.drop(key)
+        self._blocks[key] = rows
+        self._bytes += rows.nbytes
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+
+    def drop(self, key: str) -> None:
+        rows = self._blocks.pop(key, None)
+        if rows is not None:
+            self._bytes -= rows.nbytes
+
+    def loading(self, key: str) -> asyncio.Lock:
+        """A lock under which one reader at a time fetches a block."""
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
