@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import ServerProcess
 
 import evosample
+from support import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +29,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
 
     yield start
     for process in started:
-        if process.process.poll() is None:
-            process.stop()
+        process.stop()
 
 
 @pytest.fixture

@@ -34,6 +34,19 @@ class ServerProcess:
         assert ready.startswith("listening on "), Path(self._log.name).read_text()
         self.address = ready.removeprefix("listening on ").strip()
 
+    @property
+    def store_pid(self) -> int:
+        """The process of its embedded store."""
+        pid = self.process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(child)
+
+    @property
+    def store_socket(self) -> str:
+        """The unix socket of its embedded store, as its process title tells it."""
+        title = Path(f"/proc/{self.store_pid}/cmdline").read_text()
+        return title.rpartition("unixsocket:")[2].strip("\0 ")
+
     def kill(self) -> None:
         """End it as a power cut would."""
         self.process.kill()

@@ -41,8 +41,11 @@ class EmbeddedStore:
 
     def __init__(self, data_dir: Path) -> None:
         binary = _binary()
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = _locked(data_dir)
+        try:
+            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _locked(data_dir)
+        except OSError as error:
+            raise FailedPreconditionError(f"can't keep data in {data_dir} (--data-dir): {error}") from error
         self._socket = _socket_path(data_dir)
         self._socket.unlink(missing_ok=True)
         self._log_path = data_dir / "valkey.log"

@@ -43,9 +43,9 @@ def updated_scores(prior_scores: NDArray[np.float32], losses: NDArray[np.float32
 
 
 def check_losses(losses: NDArray[np.float32]) -> None:
-    """Raises InvalidValue if a loss is negative. Non-finite losses pass: they are recorded as not visited."""
+    """Raises InvalidValue if a finite loss is negative. Non-finite ones pass: they are recorded as not visited."""
     with np.errstate(invalid="ignore"):
-        negative = losses < 0
+        negative = (losses < 0) & (losses > -np.inf)
     if negative.any():
         position = int(np.argmax(negative))
         raise InvalidValue(

@@ -1,0 +1,114 @@
+"""The `evosample` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evosample import Client, EvosampleError, ExperimentStatus, connect
+from evosample.wire import DEFAULT_PROJECT
+
+_app = typer.Typer(
+    help="Look at the experiments of a selection server (start one with `evosample-server`).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_Address = Annotated[str, typer.Option(envvar="EVOSAMPLE_ADDRESS", help="The server: HOST:PORT or unix:/PATH.")]
+_Project = Annotated[str, typer.Option(envvar="EVOSAMPLE_PROJECT", help="The project that the experiment belongs to.")]
+_Name = Annotated[str, typer.Argument(help="The experiment's name.")]
+_DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+def main() -> None:
+    """Run the command; errors go to stderr, with exit code 1."""
+    try:
+        _app()
+    except EvosampleError as error:
+        Console(stderr=True).print(f"[red]evosample:[/red] {error}", highlight=False)
+        raise SystemExit(1) from None
+
+
+def _connect(address: str) -> Client:
+    return connect(address, connect_timeout_s=3)
+
+
+@_app.command("list")
+def list_experiments(address: _Address = _DEFAULT_ADDRESS, project: _Project = DEFAULT_PROJECT) -> None:
+    """List a project's experiments and where they stand."""
+    with _connect(address) as client:
+        table = Table("name", "state", "epoch", "samples", "policy")
+        for status in client.list_experiments(project=project):
+            spec = status.spec
+            epoch = f"{status.epoch} of {spec.num_epochs}"
+            table.add_row(status.name, status.state, epoch, f"{spec.num_samples:,}", str(spec.policy))
+    Console().print(table)
+
+
+@_app.command()
+def show(name: _Name, address: _Address = _DEFAULT_ADDRESS, project: _Project = DEFAULT_PROJECT) -> None:
+    """Show all that is known of an experiment."""
+    with _connect(address) as client:
+        status = client.get_experiment(name, project=project).status()
+    table = Table(show_header=False)
+    for field, value in _shown(status).items():
+        table.add_row(field, value)
+    Console().print(table)
+
+
+def _shown(status: ExperimentStatus) -> dict[str, str]:
+    spec = status.spec
+    missing = sorted(set(range(status.world_size)) - set(status.finished_ranks))
+    shown = {
+        "experiment": f"{status.project}/{status.name}",
+        "uid": status.uid,
+        "created": f"{status.create_time:%Y-%m-%d %H:%M:%S} UTC",
+        "state": status.state,
+        "epoch": f"{status.epoch} of {spec.num_epochs}",
+        "samples": f"{spec.num_samples:,}",
+        "meta-batch, mini-batch": f"{spec.meta_batch_size:,}, {spec.mini_batch_size:,}",
+        "policy": str(spec.policy),
+        "importance weight": spec.importance_weight,
+        "seed": str(spec.seed),
+        "run": f"{status.generation}, with {status.world_size} ranks" if status.generation else "none yet",
+        "losses": f"{status.visited_rows:,} learned from, {status.non_finite_rows:,} not finite, "
+        f"{status.unreported_rows:,} not reported",
+    }
+    if status.state == "open" and status.generation:
+        shown["ranks still in this epoch"] = ", ".join(map(str, missing))
+    return shown
+
+
+@_app.command()
+def export(
+    name: _Name,
+    output: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    address: _Address = _DEFAULT_ADDRESS,
+    project: _Project = DEFAULT_PROJECT,
+) -> None:
+    """Write an experiment's scores to a NumPy file: scores, sampling_weights and num_visits, by sample id."""
+    with _connect(address) as client:
+        exported = client.get_experiment(name, project=project).export_scores()
+    columns = exported._asdict()
+    np.savez(output, **columns)
+    typer.echo(f"{output}: scores of {len(exported.scores):,} samples at the start of epoch {exported.epoch}")
+
+
+@_app.command()
+def delete(
+    name: _Name,
+    address: _Address = _DEFAULT_ADDRESS,
+    project: _Project = DEFAULT_PROJECT,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """Delete an experiment with its scores."""
+    with _connect(address) as client:
+        client.get_experiment(name, project=project)  # before the question: there may be nothing to delete
+        if not yes:
+            typer.confirm(f"Delete experiment {project}/{name} with all its scores?", abort=True)
+        client.delete_experiment(name, project=project)
+    typer.echo(f"deleted {project}/{name}")

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evosample.sampling import EvolvedSampling, ExperimentSpec, InvalidValue, RandomSubset, Uniform
+
+GOOD: dict[str, Any] = {"num_samples": 1000, "num_epochs": 10, "meta_batch_size": 100, "mini_batch_size": 20}
+
+
+def test_a_run_trains_on_everything_at_either_end() -> None:
+    policy = EvolvedSampling(annealing=0.1)
+    for num_epochs, annealing in [(3, [0, 2]), (10, [0, 9]), (30, [0, 1, 2, 27, 28, 29])]:
+        assert [e for e in range(num_epochs) if policy.is_annealing(e, num_epochs)] == annealing
+    assert [e for e in range(5) if EvolvedSampling(annealing=0).is_annealing(e, 5)] == [0]
+
+
+def test_beta2_follows_from_pruning_unless_given() -> None:
+    assert EvolvedSampling().beta2 == 0.9
+    assert EvolvedSampling(prune_ratio=0.2).beta2 == 0.8
+    assert EvolvedSampling(prune_ratio=0.2, beta2=0).beta2 == 0
+
+
+def test_steps_add_up() -> None:
+    spec = ExperimentSpec(**GOOD, policy=EvolvedSampling(prune_ratio=0.3))
+    assert [spec.shape(e).num_steps for e in range(10)] == [10, *[7] * 8, 10]
+    assert [spec.num_steps_before(e) for e in (0, 1, 2, 10)] == [0, 10, 17, 76]
+    assert spec.total_steps == 76
+
+
+def test_the_kept_share_is_not_a_victim_of_floating_point() -> None:
+    for n in range(10, 2000, 10):
+        spec = ExperimentSpec(num_samples=n, num_epochs=3, meta_batch_size=1, policy=EvolvedSampling(prune_ratio=0.7))
+        assert spec.shape(1).num_kept == n * 3 // 10
+
+
+def test_uniform_takes_the_sizes_of_the_policy_it_is_compared_with() -> None:
+    shape = ExperimentSpec(**GOOD, policy=Uniform()).shape(5)
+    assert (shape.step_rows, shape.trained_rows, shape.selects) == (100, 100, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"num_samples": 0}, "num_samples", "num_samples=0: expected an integer from 1 to"),
+        ({"num_samples": 2**60}, "num_samples", "to 1,099,511,627,776"),
+        ({"num_samples": 10.5}, "num_samples", "an integer"),
+        ({"num_samples": True}, "num_samples", "an integer"),
+        ({"num_epochs": -1}, "num_epochs", "from 1 to 1,000,000"),
+        ({"meta_batch_size": 0}, "meta_batch_size", "from 1 to"),
+        ({"meta_batch_size": 1001}, "meta_batch_size", "at most num_samples, 1,000"),
+        ({"mini_batch_size": 0}, "mini_batch_size", "from 1 to"),
+        ({"mini_batch_size": 101}, "mini_batch_size", "at most meta_batch_size, 100"),
+        ({"seed": -1}, "seed", "from 0 to"),
+        ({"seed": 2**64}, "seed", "from 0 to"),
+        ({"policy": "es"}, "policy", "EvolvedSampling"),
+        ({"importance_weight": "both"}, "importance_weight", "none, unbiased, self_normalized"),
+        ({"policy": EvolvedSampling(prune_ratio=0.95)}, "prune_ratio", "at least one meta-batch of 100"),
+        ({"mini_batch_size": 100}, "mini_batch_size", "nothing would ever be selected"),
+        ({"mini_batch_size": 100, "policy": RandomSubset()}, "mini_batch_size", "nothing would ever be selected"),
+        ({"num_epochs": 2}, "num_epochs", "nothing would ever be selected"),
+        ({"policy": EvolvedSampling(annealing=0.5)}, "num_epochs", "nothing would ever be selected"),
+    ],
+)
+def test_a_spec_that_cannot_work_is_refused_with_field_value_and_what_is_allowed(
+    changes: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(InvalidValue, match=message) as caught:
+        ExperimentSpec(**(GOOD | changes))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", ["beta1", "beta2", "prune_ratio", "annealing"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.5", True])
+def test_settings_of_a_policy_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(InvalidValue, match=f"{field}=.*: expected a number with 0 <= {field}"):
+        EvolvedSampling(**{field: value})
+
+
+@pytest.mark.parametrize("world_size", [0, 3, 8, 101])
+def test_a_world_size_that_does_not_divide_both_batch_sizes_is_refused(world_size: int) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        ExperimentSpec(**GOOD).check_world_size(world_size)
+    assert caught.value.field == "world_size"

@@ -1,0 +1,127 @@
+"""What must stay complete and in its place as the code grows."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+import evosample
+from evosample import errors, rpc, sampling
+from evosample.v1 import selection_pb2, selection_pb2_grpc
+from evosample_server import service, status
+
+ROOT = Path(__file__).parents[1]
+
+# What each module may import of the project; everything below it in the picture, nothing beside or above.
+SAMPLING = ["evosample.sampling"]
+SERVER_MAY_USE = [*SAMPLING, "evosample.v1", "evosample.wire", "evosample.errors"]
+FLOORS = {
+    "client/evosample/sampling": SAMPLING,
+    "client/evosample/errors.py": [],
+    "client/evosample/wire.py": [*SAMPLING, "evosample.v1"],
+    "client/evosample/rpc.py": ["evosample.errors", "evosample.v1"],
+    "client/evosample/private_server.py": ["evosample.errors"],
+    "client/evosample/run.py": [*SERVER_MAY_USE, "evosample.rpc"],
+    "client/evosample/client.py": [*SERVER_MAY_USE, "evosample.rpc", "evosample.run", "evosample.private_server"],
+    "client/evosample/torch.py": ["evosample.client", "evosample.errors", "evosample.run", "evosample.wire"],
+    "server/evosample_server/keys.py": SERVER_MAY_USE,
+    "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys"],
+    "server/evosample_server/planner.py": [*SERVER_MAY_USE, "evosample_server.store"],
+    "server/evosample_server/experiments.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.planner",
+        "evosample_server.store",
+    ],
+    "server/evosample_server/status.py": SERVER_MAY_USE,
+    "server/evosample_server/service.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.experiments",
+        "evosample_server.status",
+        "evosample_server.store",
+    ],
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            is_package = node.module in ("evosample", "evosample_server")
+            found |= {f"{node.module}.{alias.name}" if is_package else node.module for alias in node.names}
+    return {module for module in found if module.partition(".")[0] in ("evosample", "evosample_server")}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor: str) -> None:
+    path = ROOT / floor
+    for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        for module in imported(file):
+            assert any(module == allowed or module.startswith(f"{allowed}.") for allowed in FLOORS[floor]), (
+                f"{file.relative_to(ROOT)} imports {module}"
+            )
+
+
+def test_the_client_never_imports_the_server() -> None:
+    for file in (ROOT / "client").rglob("*.py"):
+        assert not any(module.startswith("evosample_server") for module in imported(file)), file
+
+
+def test_importing_the_client_imports_little() -> None:
+    script = "import sys, evosample; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert {"numpy", "grpc", "google"} <= set(loaded)
+    assert not {"torch", "redis", "typer", "rich", "pydantic", "evosample_server"} & set(loaded)
+
+
+@pytest.mark.parametrize("module", [evosample, sampling])
+def test_all_is_exact(module: object) -> None:
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+    }
+    assert public == set(module.__all__)  # type: ignore[attr-defined]
+
+
+def leaves(root: type[errors.EvosampleError]) -> list[type[errors.EvosampleError]]:
+    return [leaf for child in root.__subclasses__() for leaf in (child, *leaves(child))]
+
+
+def test_every_error_is_public_and_crosses_the_wire_as_itself() -> None:
+    for leaf in leaves(errors.EvosampleError):
+        assert getattr(evosample, leaf.__name__) is leaf
+        assert leaf.__name__ in (errors.__doc__ or "")
+        if leaf.code:
+            sent = status.to_grpc(leaf("why"))
+
+            class Failed(grpc.RpcError, grpc.Call):
+                code = staticmethod(lambda sent=sent: sent.code)
+                details = staticmethod(lambda sent=sent: sent.details)
+                trailing_metadata = staticmethod(lambda sent=sent: sent.trailing_metadata)
+
+            Failed.__abstractmethods__ = frozenset()
+            received = rpc.from_grpc(Failed())
+            assert type(received) is leaf
+            assert "why" in str(received)
+
+
+def test_every_rpc_is_implemented() -> None:
+    for method in selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].methods:
+        base = getattr(selection_pb2_grpc.SelectionServiceServicer, method.name)
+        assert getattr(service.SelectionService, method.name) is not base
+
+
+def test_every_field_and_rpc_of_the_contract_has_a_comment() -> None:
+    lines = (ROOT / "proto/evosample/v1/selection.proto").read_text().splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        if line.strip().startswith("rpc "):
+            assert before.strip().startswith("//"), line
