@@ -94,7 +94,7 @@ def train(
     experiment: evosample.Experiment,
     losses: NDArray[np.float32],
     *,
-    before_step: Callable[[evosample.Batch], None] = lambda batch: None,
+    before_step: Callable[[evosample.Batch], None] = lambda _: None,
     **run: Any,
 ) -> list[Visit]:
     """Go through all that is left of an experiment as one rank, with the losses of `fixed_losses`."""

@@ -17,7 +17,15 @@ from evosample.errors import InvalidArgumentError
 from evosample.private_server import PrivateServer
 from evosample.rpc import Connection
 from evosample.run import Run
-from evosample.sampling import EvolvedSampling, ExperimentSpec, ImportanceWeight, InvalidValue, Policy, check_name
+from evosample.sampling import (
+    EvolvedSampling,
+    ExperimentSpec,
+    ImportanceWeight,
+    InvalidValue,
+    Policy,
+    check_int,
+    check_name,
+)
 from evosample.v1 import selection_pb2 as pb
 from evosample.wire import (
     DEFAULT_PROJECT,
@@ -76,19 +84,19 @@ def connect(
         )
     server = PrivateServer(data_dir) if address is None else None
     connection = Connection(
-        address if server is None else server.address,  # type: ignore[arg-type]  # one of the two is there
+        address or server.address,  # type: ignore[union-attr]  # one of the two is there
         connect_timeout_s=connect_timeout_s,
         outage_timeout_s=outage_timeout_s,
+        server=server,
     )
-    return Client(connection, server)
+    return Client(connection)
 
 
 class Client:
     """A connection to a server; made by `connect`. Pickling keeps the address only."""
 
-    def __init__(self, connection: Connection, server: PrivateServer | None = None) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._server = server
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,8 +117,6 @@ class Client:
                 run.close()
         finally:
             self._connection.close()
-            if self._server is not None:
-                self._server.close()
 
     @property
     def address(self) -> str:
@@ -192,7 +198,7 @@ class Client:
         return ref_to_proto(ExperimentName(check_name("project", project), check_name("name", name)))
 
     def _experiment(self, message: pb.Experiment) -> Experiment:
-        return Experiment(self._connection, status_from_proto(message), self._runs, is_private=self._server is not None)
+        return Experiment(self._connection, status_from_proto(message), self._runs)
 
 
 class Experiment:
@@ -203,16 +209,13 @@ class Experiment:
         spec: what was fixed at its creation, with all defaults filled in.
     """
 
-    def __init__(
-        self, connection: Connection, status: ExperimentStatus, runs: weakref.WeakSet[Run], *, is_private: bool
-    ) -> None:
+    def __init__(self, connection: Connection, status: ExperimentStatus, runs: weakref.WeakSet[Run]) -> None:
         self.project = status.project
         self.name = status.name
         self.uid = status.uid
         self.spec = status.spec
         self._connection = connection
         self._runs = runs
-        self._is_private = is_private
         self._run: Run | None = None
 
     def __repr__(self) -> str:
@@ -220,7 +223,10 @@ class Experiment:
 
     def num_steps(self, epoch: int) -> int:
         """Steps of an epoch, 0 <= epoch < num_epochs."""
-        return self.spec.shape(epoch).num_steps
+        try:
+            return self.spec.shape(check_int("epoch", epoch, 0, self.spec.num_epochs - 1)).num_steps
+        except InvalidValue as error:
+            raise InvalidArgumentError(str(error), field=error.field) from error
 
     @property
     def total_steps(self) -> int:
@@ -266,11 +272,17 @@ class Experiment:
                     field="run_id",
                 )
             run_id = uuid.uuid4().hex
-        if self._is_private and world_size != 1:
+        try:
+            world_size = self.spec.check_world_size(world_size)
+            check_int("rank", rank, 0, world_size - 1)
+            start = None if position is None else Position(*(check_int("position", n, 0, 2**32 - 1) for n in position))
+        except InvalidValue as error:
+            raise InvalidArgumentError(str(error), field=error.field) from error
+        if self._connection.server is not None and world_size != 1:
             _log.warning("a private server is out of reach for other processes: is every rank in this one?")
         request = pb.JoinRunRequest(ref=self._ref, run_id=run_id, rank=rank, world_size=world_size)
-        if position is not None:
-            request.position.CopyFrom(pb.Position(epoch=position[0], step=position[1]))
+        if start is not None:
+            request.position.CopyFrom(pb.Position(epoch=start.epoch, step=start.step))
         joined = self._connection.call("JoinRun", request)
         start = Position(joined.position.epoch, joined.position.step)
         if position is None and start.epoch:

@@ -46,7 +46,7 @@ class PrivateServer:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the training job, which then still has a server to report to
             )
-        self._close = weakref.finalize(self, _stop, process, folder)
+        self._close = weakref.finalize(self, _stop, process, folder, os.getpid())
         assert process.stdout is not None
         with process.stdout as output:
             ready = output.readline()
@@ -61,7 +61,9 @@ class PrivateServer:
         self._close()
 
 
-def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
+def _stop(process: subprocess.Popen[bytes], folder: Path, parent_pid: int) -> None:
+    if os.getpid() != parent_pid:  # a forked worker ends: the server is not its own
+        return
     process.terminate()
     try:
         process.wait(_STOP_TIMEOUT_S)

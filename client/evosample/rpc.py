@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 
 from evosample import errors
 from evosample.errors import EvosampleError
+from evosample.private_server import PrivateServer
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 
 _FIRST_DELAY_S = 0.05
@@ -32,10 +34,19 @@ class Connection:
         address: HOST:PORT or unix:/PATH.
         connect_timeout_s: how long the first call tries to reach a server.
         outage_timeout_s: how long later calls try, after a server has once answered.
+        server: the private server at that address, which lives as long as a connection to it is in use.
     """
 
-    def __init__(self, address: str, *, connect_timeout_s: float, outage_timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float,
+        outage_timeout_s: float,
+        server: PrivateServer | None = None,
+    ) -> None:
         self.address = address
+        self.server = server
         self.outage_timeout_s = outage_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._has_answered = False
@@ -55,14 +66,16 @@ class Connection:
         return self._stub
 
     def close(self) -> None:
-        """Close this process's channel; a later call opens another."""
+        """Close this process's channel, and a private server. A later call opens another channel."""
         if self._channel is not None and self._pid == os.getpid():
             self._channel.close()
         self._channel = self._stub = None
+        if self.server is not None:
+            self.server.close()
 
-    def call(self, method: str, request: Any) -> Any:
-        """A unary call, retried while the server is unavailable; raises EvosampleError."""
-        return self._retried(lambda: getattr(self.stub(), method)(request, timeout=self.outage_timeout_s))
+    def call(self, method: str, request: Any, *, give_up: threading.Event | None = None) -> Any:
+        """A unary call, retried while the server is unavailable and nobody gives up; raises EvosampleError."""
+        return self._retried(lambda: getattr(self.stub(), method)(request, timeout=self.outage_timeout_s), give_up)
 
     def collect(self, method: str, request: Any) -> list[Any]:
         """All responses of a stream that soon ends, retried as a whole; raises EvosampleError."""
@@ -71,9 +84,9 @@ class Connection:
         )
         return responses
 
-    def _retried(self, attempt: Callable[[], Any]) -> Any:
+    def _retried(self, attempt: Callable[[], Any], give_up: threading.Event | None = None) -> Any:
         """The result of an idempotent attempt, repeated while it fails with UNAVAILABLE."""
-        for retry in self.retries():
+        for retry in self.retries(give_up):
             try:
                 result = attempt()
             except grpc.RpcError as error:
@@ -83,7 +96,7 @@ class Connection:
                 return result
         raise AssertionError("retries end by raising")
 
-    def retries(self) -> Iterator[Callable[[grpc.RpcError], None]]:
+    def retries(self, give_up: threading.Event | None = None) -> Iterator[Callable[[grpc.RpcError], None]]:
         """For each attempt a function to call with its failure: it waits, or raises if there is no use in waiting.
 
         Exponential back-off with full jitter, under one deadline for all attempts.
@@ -91,13 +104,15 @@ class Connection:
         timeout_s = self.outage_timeout_s if self._has_answered else self._connect_timeout_s
         deadline_s = time.monotonic() + timeout_s
         delay_s = _FIRST_DELAY_S
+        give_up = give_up or threading.Event()
 
         def retry(error: grpc.RpcError) -> None:
             translated = self._translated(error, timeout_s)
             wait_s = random.uniform(0, delay_s)  # noqa: S311  # jitter
             if not isinstance(translated, errors.UnavailableError) or time.monotonic() + wait_s > deadline_s:
                 raise translated from error
-            time.sleep(wait_s)
+            if give_up.wait(wait_s):
+                raise translated from error
 
         while True:
             yield retry

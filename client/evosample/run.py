@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -35,6 +37,7 @@ _BUFFERED_ROW_BYTES = 16  # int64 id, float32 prior score, float32 importance we
 _REPORT_BYTES = 2**20
 _REPORT_INTERVAL_S = 0.2
 _WAIT_LOG_INTERVAL_S = 10.0
+_CLOSE_TIMEOUT_S = 10.0
 
 
 class _Chunk(NamedTuple):
@@ -270,7 +273,8 @@ class Run:
         self._reporting: Epoch | None = None  # the one whose losses go out, or went last
         self._is_flushing = False
         self._has_ended = False
-        self._is_closed = False
+        self._closing = threading.Event()
+        self._pid = os.getpid()
         self._error: BaseException | None = None
         self._call: Any = None
         self._fetching: Epoch | None = None
@@ -281,6 +285,7 @@ class Run:
         ]
         for thread in self._threads:
             thread.start()
+        atexit.register(self.close)
 
     def __iter__(self) -> Iterator[Epoch]:
         return self
@@ -314,41 +319,50 @@ class Run:
 
     def flush(self) -> None:
         """Return when all losses handed over so far are in the store: what is before `position` is safe then."""
+        self._flush(deadline_s=None)
+
+    def _flush(self, *, deadline_s: float | None) -> None:
         epoch = self._current
-        if epoch is None:
+        if epoch is None or self._closing.is_set():
             return
         with self._changed:
             self._is_flushing = True
             self._changed.notify_all()
             num_consumed, is_last = epoch.num_consumed, epoch.num_consumed == epoch.num_steps
-            self._wait_for(lambda: epoch.is_finished if is_last else epoch.num_reported >= num_consumed)
+            self._wait_for(
+                lambda: epoch.is_finished if is_last else epoch.num_reported >= num_consumed, deadline_s=deadline_s
+            )
 
     def close(self) -> None:
-        """Report what is left, and end the background work. Repeating it does nothing."""
-        if self._is_closed:
+        """Report what is left, if that works within ten seconds, and end the background work. Also done at exit."""
+        if self._closing.is_set() or self._pid != os.getpid():  # the threads stay behind when a process forks
             return
         try:
             if self._error is None:
-                self.flush()
+                self._flush(deadline_s=time.monotonic() + _CLOSE_TIMEOUT_S)
+        except WaitTimeoutError:
+            _log.warning("closing without an answer from the server: some losses of the last steps are not reported")
         finally:
+            atexit.unregister(self.close)
+            self._closing.set()
             with self._changed:
-                self._is_closed = True
                 self._changed.notify_all()
             if self._call is not None:
                 self._call.cancel()
             for thread in self._threads:
-                thread.join()
+                thread.join(_CLOSE_TIMEOUT_S)
 
     # Between the caller and the threads
 
-    def _wait_for(self, condition: Callable[[], bool]) -> None:
+    def _wait_for(self, condition: Callable[[], bool], *, deadline_s: float | None = None) -> None:
         """Wait, holding the lock, until the condition holds; raises what failed in the background."""
         while not condition():
             if self._error is not None:
                 raise self._error
-            if self._is_closed:
+            if self._closing.is_set():
                 raise UsageError("the run is closed")
-            self._changed.wait()
+            if not self._changed.wait(None if deadline_s is None else deadline_s - time.monotonic()):
+                raise WaitTimeoutError("the losses could not be reported in time")
 
     def next_chunk(self, epoch: Epoch) -> _Chunk:
         """The next rows of an epoch, once they are here."""
@@ -380,7 +394,7 @@ class Run:
             work()
         except BaseException as error:  # noqa: BLE001  # carried over to the thread that can do something about it
             with self._changed:
-                if not self._is_closed:
+                if not self._closing.is_set():
                     self._error = self._error or error
                 self._changed.notify_all()
 
@@ -395,9 +409,9 @@ class Run:
                 self._has_ended = epoch is None
                 self._changed.notify_all()
                 # The next epoch can't be there before this one is finished: no use in asking for it.
-                while not (self._is_closed or epoch is None or epoch.is_finished):
+                while not (self._closing.is_set() or epoch is None or epoch.is_finished):
                     self._changed.wait()
-                if self._is_closed:
+                if self._closing.is_set():
                     return
 
     def _fetch_epoch(self, number: int, first_step: int) -> None:
@@ -406,7 +420,7 @@ class Run:
             try:
                 self._fetch_rows(number, first_step)
             except grpc.RpcError as error:
-                self._outage = self._outage or self._connection.retries()
+                self._outage = self._outage or self._connection.retries(self._closing)
                 next(self._outage)(error)
             epoch = self._fetching
             if (epoch is None and self._outage is None) or (
@@ -414,9 +428,9 @@ class Run:
             ):
                 return
             with self._changed:
-                while epoch is not None and not self._is_closed and self._room(epoch) < _BUFFER_BYTES // 2:
+                while epoch is not None and not self._closing.is_set() and self._room(epoch) < _BUFFER_BYTES // 2:
                     self._changed.wait()
-                if self._is_closed:
+                if self._closing.is_set():
                     return
 
     @staticmethod
@@ -495,7 +509,7 @@ class Run:
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_urgent_work, _REPORT_INTERVAL_S)
-                if self._is_closed or self._has_ended:
+                if self._closing.is_set() or self._has_ended or self._error is not None:
                     return
                 epoch = self._reporting
                 if epoch is None:
@@ -510,8 +524,8 @@ class Run:
 
     def _has_urgent_work(self) -> bool:
         epoch = self._reporting
-        if self._is_closed or self._has_ended or epoch is None:
-            return self._is_closed or self._has_ended
+        if self._closing.is_set() or self._has_ended or epoch is None:
+            return self._closing.is_set() or self._has_ended
         if epoch.num_consumed == epoch.num_steps:
             return not epoch.is_finished
         num_pending = epoch.num_consumed - epoch.num_reported
@@ -526,7 +540,7 @@ class Run:
             num_steps=stop - first_step,
             losses=column_bytes(epoch.losses[first_step:stop]),
         )
-        self._connection.call("ReportLosses", request)
+        self._connection.call("ReportLosses", request, give_up=self._closing)
         epoch.num_reported = max(epoch.num_reported, stop)
 
     def _finish(self, epoch: Epoch) -> None:
@@ -539,7 +553,7 @@ class Run:
             checksum=checksum(losses),
         )
         while True:
-            response = self._connection.call("FinishEpoch", request)
+            response = self._connection.call("FinishEpoch", request, give_up=self._closing)
             if not response.missing_steps:
                 break
             _log.warning("epoch %d: the store lacks some losses: sending them again", epoch.number)

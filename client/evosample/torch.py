@@ -174,8 +174,8 @@ class Loader:
         step = micro_batch.step
         if losses.shape != (micro_batch.num_rows,):
             raise InvalidArgumentError(
-                f"losses have shape {tuple(losses.shape)}, expected ({micro_batch.num_rows},): one loss a sample of the "
-                'batch. Compute them without reduction (reduction="none"), and average what belongs to one sample',
+                f"losses have shape {tuple(losses.shape)}, expected ({micro_batch.num_rows},): one loss a sample of "
+                'the batch. Compute them without reduction (reduction="none"), and average what belongs to one sample',
                 field="losses",
             )
         self._ends_step = len(step.losses) + 1 == step.num_micro_batches
@@ -201,8 +201,8 @@ class Loader:
             if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
                 due = self._pending[0].step.batch
                 raise UsageError(
-                    f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call loader.mean(losses) "
-                    "for every batch. A trainer that takes several batches ahead needs read_ahead"
+                    f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call "
+                    "loader.mean(losses) for every batch. A trainer that takes several batches ahead needs read_ahead"
                 )
             data = next(data_batches)
             if self._device is not None:
@@ -284,8 +284,8 @@ class _PlannedBatches:
 def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise InvalidArgumentError(
-            f"dataset={type(dataset).__name__}: expected a map-style dataset, with __getitem__ and __len__: samples are "
-            "loaded by their ids",
+            f"dataset={type(dataset).__name__}: expected a map-style dataset, with __getitem__ and __len__: samples "
+            "are loaded by their ids",
             field="dataset",
         )
     num_samples = len(dataset) if hasattr(dataset, "__len__") else experiment.spec.num_samples

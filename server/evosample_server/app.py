@@ -73,6 +73,8 @@ async def _serve(settings: Settings, redis_url: str) -> None:
             [_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
         )
         address = _bind(server, settings.listen)
+        if not settings.listen.startswith(("unix:", "127.", "localhost:", "[::1]:")):
+            _log.warning("others can reach this server, and nothing asks who they are: keep it on a trusted network")
         await server.start()
         for service in ("", _SERVICE):
             await health.set(service, health_pb2.HealthCheckResponse.SERVING)

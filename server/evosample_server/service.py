@@ -127,10 +127,12 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         try:
             while True:
                 following = asyncio.ensure_future(anext(events, None))
-                await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
-                    raise UnavailableError("the server is stopping")
+                try:
+                    await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    if not following.done():
+                        raise UnavailableError("the server is stopping")
+                finally:
+                    following.cancel()  # no effect on one that is done
                 event = following.result()
                 if event is None:
                     return

@@ -47,7 +47,8 @@ def test_a_batch_says_what_to_load_and_whether_it_selects(client: evosample.Clie
 
 
 def test_a_step_without_losses_is_an_error_at_the_next_step(client: evosample.Client, name: str) -> None:
-    (epoch, *_), batches = [next(run := client.create_experiment(name, **SETTINGS).epochs())], []
+    run = client.create_experiment(name, **SETTINGS).epochs()
+    epoch = next(run)
     batches = iter(epoch)
     first = next(batches)
     with pytest.raises(evosample.UsageError, match="losses of step 0 of epoch 0 were not handed over"):

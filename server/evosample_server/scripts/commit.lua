@@ -3,6 +3,9 @@
 -- ARGV: uid, epoch, state, plan_id, generation (as read); new epoch, new plan_id, new state; then the new plan's row
 --       counts: field, value, ...
 -- Returns 1, or 0 if another got there first.
+if redis.call('HGET', KEYS[1], 'uid') == ARGV[1] and redis.call('HGET', KEYS[3], ARGV[6]) == ARGV[7] and ARGV[4] ~= ARGV[7] then
+  return 1 -- sent again: the first answer got lost
+end
 local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'world_size', 'first_step')
 for i = 1, 5 do
   if h[i] ~= ARGV[i] then
