@@ -41,6 +41,14 @@ _SERVER_OPTIONS = [
 def run(settings: Settings) -> None:
     """Run a server until SIGTERM or SIGINT; raises EvosampleError if it can't start."""
     structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            # Plain: tracebacks with the frames' variables would show passwords.
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

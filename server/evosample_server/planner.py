@@ -9,6 +9,7 @@ from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import structlog
+from redis.exceptions import RedisError
 
 from evosample.sampling import fold_epoch, initial_scores, plan_epoch
 from evosample.wire import ExperimentName, ExperimentState
@@ -41,6 +42,8 @@ class Planner:
         # Whoever waits for the epoch tries again, and sees what fails; a task group's task must not raise.
         try:
             await self.turn(head)
+        except RedisError as error:
+            _log.warning("turn failed for now", experiment=head.name.name, epoch=head.epoch, cause=str(error))
         except Exception:  # noqa: BLE001  # whatever it is, it is logged and met again
             _log.exception("turn failed", experiment=head.name.name, epoch=head.epoch)
 

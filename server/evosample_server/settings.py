@@ -14,6 +14,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="EVOSAMPLE_",
+        env_ignore_empty=True,  # compose files pass what is not set as empty
         frozen=True,
         extra="forbid",
         cli_prog_name="evosample-server",

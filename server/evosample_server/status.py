@@ -32,6 +32,7 @@ def to_domain(error: Exception) -> EvosampleError:
         case redis_errors.OutOfMemoryError():
             return ResourceExhaustedError(f"the store is out of memory: give Redis more (maxmemory). {error}")
         case redis_errors.ConnectionError() | redis_errors.TimeoutError() | redis_errors.ReadOnlyError():
+            _log.warning("the store is away", cause=str(error))
             return UnavailableError(f"the server can't use its store: {error}")
         case _:
             _log.error("unexpected error", exc_info=error)
