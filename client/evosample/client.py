@@ -234,7 +234,8 @@ class Experiment:
         return self.spec.total_steps
 
     def status(self) -> ExperimentStatus:
-        """Where the experiment stands now."""
+        """Where the experiment stands now, with everything that this process has handed over."""
+        self._flush()
         return status_from_proto(
             self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self._ref)).experiment
         )
@@ -305,8 +306,7 @@ class Experiment:
         Raises:
             FailedPreconditionError: the epoch's scores are no longer retained.
         """
-        if self._run is not None:
-            self._run.flush()
+        self._flush()
         request = pb.ExportScoresRequest(ref=self._ref, epoch=epoch)
         parts = self._connection.collect("ExportScores", request)
         return ExportedScores(
@@ -315,6 +315,10 @@ class Experiment:
             np.concatenate([column(part.sampling_weights, np.float32) for part in parts]),
             np.concatenate([column(part.num_visits, np.uint32) for part in parts]),
         )
+
+    def _flush(self) -> None:
+        if self._run is not None and self._run.is_active:
+            self._run.flush()
 
     @property
     def _ref(self) -> pb.ExperimentRef:

@@ -317,6 +317,11 @@ class Run:
             return Position(epoch.number + 1, 0)
         return Position(epoch.number, epoch.num_consumed)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it may still report: neither closed nor failed."""
+        return not self._closing.is_set() and self._error is None
+
     def flush(self) -> None:
         """Return when all losses handed over so far are in the store: what is before `position` is safe then."""
         self._flush(deadline_s=None)

@@ -13,9 +13,10 @@ for epoch in range(num_epochs):
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from evosample.run import Batch, Epoch, Run
 from evosample.wire import Position
 
 __all__ = ["Loader", "take_rows"]
+
+
+_PLANNED_OPTIONS = {"batch_size", "batch_sampler", "drop_last", "generator", "in_order", "sampler", "shuffle"}
 
 
 @dataclasses.dataclass
@@ -101,6 +105,11 @@ class Loader:
                 "returns the loss of each of its samples",
                 field="score",
             )
+        for option in sorted(_PLANNED_OPTIONS & options.keys()):
+            raise InvalidArgumentError(
+                f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
+                field=option,
+            )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise InvalidArgumentError(
                 f"micro_batch_size={micro_batch_size}: expected at least 1", field="micro_batch_size"
@@ -115,6 +124,8 @@ class Loader:
         self._member = {"rank": rank, "world_size": world_size, "run_id": run_id}
         self._run: Run | None = None
         self._position: Position | None = None
+        self._epoch: Epoch | None = None
+        self._is_exhausted = False
         self._pending: deque[_MicroBatch] = deque()
         self._ends_step = True
         self._planned = _PlannedBatches()
@@ -125,7 +136,10 @@ class Loader:
     @property
     def position(self) -> Position:
         """The next step to train on; counts the steps whose losses went through `mean`."""
-        return self._position or Position(0, 0)
+        if self._position is None:
+            status = self.experiment.status()
+            return Position(status.epoch + (status.state == "sealed"), 0)  # sealed: the next epoch is being planned
+        return self._position
 
     @property
     def progress(self) -> float:
@@ -172,12 +186,7 @@ class Loader:
             raise UsageError("mean(losses) was called without a batch: it takes each batch's losses once")
         micro_batch = self._pending[0]
         step = micro_batch.step
-        if losses.shape != (micro_batch.num_rows,):
-            raise InvalidArgumentError(
-                f"losses have shape {tuple(losses.shape)}, expected ({micro_batch.num_rows},): one loss a sample of "
-                'the batch. Compute them without reduction (reduction="none"), and average what belongs to one sample',
-                field="losses",
-            )
+        losses = _checked(losses, micro_batch.num_rows)
         self._ends_step = len(step.losses) + 1 == step.num_micro_batches
         if not step.batch.selects and self._ends_step:
             step.batch.report(torch.cat([*step.losses, losses.detach()]))
@@ -194,36 +203,52 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         """The batches that are left of the epoch at `position`; after a `break` it goes on where training stopped."""
         epoch = self._next_epoch()
+        self._is_exhausted = False
         self._planned.begin(epoch)
         self._generator.manual_seed((self.experiment.spec.seed + epoch.number) % 2**63)
         data_batches = iter(self._data_loader)
-        for _ in range(epoch.first_step, epoch.num_steps):
-            if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
-                due = self._pending[0].step.batch
-                raise UsageError(
-                    f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call "
-                    "loader.mean(losses) for every batch. A trainer that takes several batches ahead needs read_ahead"
-                )
-            data = next(data_batches)
-            if self._device is not None:
-                data = _moved(data, self._device)
-            yield from self._micro_batches(self._planned.taken.popleft(), data)
+        try:
+            for _ in range(epoch.first_step, epoch.num_steps):
+                if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
+                    raise self._losses_missing()
+                data = next(data_batches)
+                if self._device is not None:
+                    data = _moved(data, self._device)
+                yield from self._micro_batches(self._planned.taken.popleft(), data)
+        finally:
+            # Left to the garbage collector, workers may be joined at any later time, for seconds and in any thread.
+            if self._data_loader.num_workers and not self._data_loader.persistent_workers:
+                data_batches._shutdown_workers()  # type: ignore[attr-defined]
+        self._is_exhausted = True
 
     def _next_epoch(self) -> Epoch:
-        if self._run is not None and (self._pending or self.position.step):  # the epoch before was broken off
+        if self._is_exhausted and self._pending:
+            raise self._losses_missing()
+        if self._epoch is not None and self._position != (self._epoch.number + 1, 0):  # it was broken off
             self._leave_run()
         if self._run is None:
             self._run = self.experiment.epochs(position=self._position, **self._member)  # type: ignore[arg-type]
+            if self._member["world_size"] == 1:
+                self._member["run_id"] = None  # whatever follows, such as going on after a break, is another run
         epoch = next(self._run, None)
         if epoch is None:
             raise UsageError(
                 f"the experiment's {self.experiment.spec.num_epochs} epochs are done: there is no next one"
             )
+        self._epoch = epoch
         self._position = Position(epoch.number, epoch.first_step)
         return epoch
 
+    def _losses_missing(self) -> UsageError:
+        due = self._pending[0].step.batch
+        return UsageError(
+            f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call loader.mean(losses) for "
+            "every batch. A trainer that takes several batches ahead needs read_ahead"
+        )
+
     def _leave_run(self) -> None:
         self._pending.clear()
+        self._epoch = None
         if self._run is not None:
             self._run.close()
             self._run = None
@@ -257,8 +282,9 @@ class Loader:
         with torch.no_grad(), _undisturbed(self._model):
             for first in range(0, num_rows, size):
                 positions = torch.arange(first, min(first + size, num_rows))
-                losses.append(self._score(data if size == num_rows else self._rows(data, positions, batch)))
-        return losses[0] if len(losses) == 1 else torch.cat(losses)
+                scored = self._score(data if size == num_rows else self._rows(data, positions, batch))
+                losses.append(_checked(scored, len(positions)))
+        return torch.cat(losses)
 
 
 class _PlannedBatches:
@@ -281,6 +307,16 @@ class _PlannedBatches:
             yield batch.sample_ids.tolist()
 
 
+def _checked(losses: torch.Tensor, num_rows: int) -> torch.Tensor:
+    if losses.shape != (num_rows,):
+        raise InvalidArgumentError(
+            f"losses have shape {tuple(losses.shape)}, expected ({num_rows},): one loss a sample of the batch. "
+            'Compute them without reduction (reduction="none"), and average what belongs to one sample',
+            field="losses",
+        )
+    return losses
+
+
 def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise InvalidArgumentError(
@@ -300,14 +336,20 @@ def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Put the model's buffers and PyTorch's random state back afterwards."""
-    buffers = list(model.buffers())
-    saved = [buffer.detach().clone() for buffer in buffers]
-    devices = {tensor.device for tensor in (*model.parameters(), *buffers) if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+    saved = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:
-            for buffer, before in zip(buffers, saved, strict=True):
+            for buffers, name, buffer, before in saved:
+                buffers[name] = buffer  # some modules put another tensor in its place
                 buffer.data.copy_(before)  # .data: a graph that holds the buffer must not see it as modified
 
 
@@ -336,18 +378,43 @@ def take_rows(batch: Any, positions: torch.Tensor, num_rows: int) -> Any:
                 field="take",
             )
         return batch[positions.to(batch.device)] if isinstance(batch, torch.Tensor) else batch[positions.numpy()]
-    if isinstance(batch, (list, tuple)) and len(batch) == num_rows and not any(_is_column(e, num_rows) for e in batch):
+    is_sequence = isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
+    if is_sequence and len(batch) == num_rows and not _holds_columns(_children(batch), num_rows):
         return type(batch)(batch[position] for position in positions.tolist())
     return _with_children(batch, lambda child: take_rows(child, positions, num_rows))
 
 
-def _is_column(value: Any, num_rows: int) -> bool:
-    return isinstance(value, (torch.Tensor, np.ndarray)) and bool(value.ndim) and len(value) == num_rows
+def _holds_columns(values: Iterable[Any], num_rows: int) -> bool | None:
+    """Whether these are columns of a batch rather than `num_rows` samples; None if nothing tells."""
+    found = None
+    for value in values:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            is_column = len(value) == num_rows if value.ndim else None
+        else:
+            is_column = _holds_columns(_children(value), num_rows)
+            if is_column is None and isinstance(value, (list, tuple)) and len(value) == num_rows:
+                is_column = True  # such as strings, one a sample
+        if is_column is False:
+            return False
+        found = found or is_column
+    return found
+
+
+def _children(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (list, tuple)):
+        return batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return ()
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):
+        return batch.to(device)
     return _with_children(batch, lambda child: _moved(child, device))
 
 
@@ -355,7 +422,11 @@ def _with_children(batch: Any, function: Callable[[Any], Any]) -> Any:
     """A container made anew with a function applied to its elements; what is no container as it is."""
     if isinstance(batch, Mapping):
         children = {key: function(value) for key, value in batch.items()}
-        return children if type(batch) is dict else type(batch)(children)  # type: ignore[call-arg]
+        if not isinstance(batch, MutableMapping):
+            return children
+        made = copy.copy(batch)  # some mappings can't be made from another, such as defaultdict
+        made.update(children)
+        return made
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(function, batch))
     if isinstance(batch, (list, tuple)):

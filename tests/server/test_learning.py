@@ -196,3 +196,26 @@ def test_a_job_resumed_at_a_position_goes_on_as_if_nothing_had_happened(client: 
     assert before[: len(expected) - len(after)] + after == expected
     for ours, theirs in zip(experiment.export_scores(), undisturbed.export_scores(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_columns_of_several_blocks_are_learned_from_in_full(
+    client: evosample.Client, name: str, world_size: int
+) -> None:
+    n, big = 2_300_000, 65_536  # three blocks of a million rows; with one rank its losses take three blocks, too
+    policy = evosample.EvolvedSampling(prune_ratio=0.1, annealing=0)
+    experiment = client.create_experiment(
+        name, num_samples=n, num_epochs=2, meta_batch_size=big, mini_batch_size=big // 4, policy=policy
+    )
+    losses = fixed_losses(n, 2)
+    visits = train_with_ranks(client, experiment, losses, world_size)
+    s, w = np.full(n, 1 / n), np.full(n, 1 / n)
+    for epoch in range(2):
+        ids = np.concatenate([visit.sample_ids for visit in visits if visit.epoch == epoch])
+        assert len(np.unique(ids)) == len(ids) == experiment.num_steps(epoch) * big
+        w[ids] = 0.2 * s[ids] + 0.8 * losses[epoch, ids]
+        s[ids] = 0.8 * s[ids] + 0.2 * losses[epoch, ids]
+    exported = experiment.export_scores()
+    np.testing.assert_allclose(exported.scores, s, rtol=1e-6)
+    np.testing.assert_allclose(exported.sampling_weights, w, rtol=1e-6)
+    client.delete_experiment(name)
