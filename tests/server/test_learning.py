@@ -100,7 +100,7 @@ def test_an_annealing_epoch_trains_on_everything_and_a_selecting_one_on_a_share(
 def test_the_same_seed_gives_the_same_ids_and_choices_on_any_server(
     client: evosample.Client, name: str, start_server: Any
 ) -> None:
-    settings = {"policy": evosample.EvolvedSampling(prune_ratio=0.2), "importance_weight": "unbiased"}
+    settings: dict[str, Any] = {"policy": evosample.EvolvedSampling(prune_ratio=0.2), "importance_weight": "unbiased"}
     losses = fixed_losses(N, EPOCHS)
     first = [visit.key() for visit in train(create(client, name, **settings, seed=1), losses)]
     again = [visit.key() for visit in train(create(client, f"{name}-again", **settings, seed=1), losses)]
@@ -151,7 +151,7 @@ def test_non_finite_losses_count_as_not_visited_and_are_counted(client: evosampl
 
 
 def test_a_killed_server_costs_nothing(client: evosample.Client, name: str, start_server: Any) -> None:
-    settings = {"policy": evosample.EvolvedSampling(prune_ratio=0.2)}
+    settings: dict[str, Any] = {"policy": evosample.EvolvedSampling(prune_ratio=0.2)}
     losses = fixed_losses(N, EPOCHS)
     undisturbed = create(client, name, **settings)
     expected = [visit.key() for visit in train(undisturbed, losses)]
@@ -171,7 +171,7 @@ def test_a_killed_server_costs_nothing(client: evosample.Client, name: str, star
 
 
 def test_a_job_resumed_at_a_position_goes_on_as_if_nothing_had_happened(client: evosample.Client, name: str) -> None:
-    settings = {"policy": evosample.EvolvedSampling(prune_ratio=0.2)}
+    settings: dict[str, Any] = {"policy": evosample.EvolvedSampling(prune_ratio=0.2)}
     losses = fixed_losses(N, EPOCHS)
     undisturbed = create(client, name, **settings)
     expected = [visit.key() for visit in train(undisturbed, losses)]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,7 +22,7 @@ from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from support import ServerProcess, fixed_losses, train
 
-SETTINGS = {"num_samples": 100, "num_epochs": 3, "meta_batch_size": 10, "mini_batch_size": 5}
+SETTINGS: dict[str, Any] = {"num_samples": 100, "num_epochs": 3, "meta_batch_size": 10, "mini_batch_size": 5}
 
 
 def processes_with(text: str) -> list[int]:
@@ -75,7 +76,7 @@ def test_sigterm_stops_the_server_in_order(start_server: Callable[..., ServerPro
         with pytest.raises(grpc.RpcError) as caught:
             list(waiting)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert "the server is stopping" in caught.value.details()
+        assert "the server is stopping" in str(caught.value.details())
     assert server.stop() == 0
 
 
@@ -190,7 +191,7 @@ def test_deleting_and_finishing_leave_no_keys_behind(start_server: Callable[...,
     with evosample.connect(server.address) as client:
         experiment = client.create_experiment("e", **SETTINGS, policy=EvolvedSampling(prune_ratio=0.2))
         train(experiment, fixed_losses(100, 3))
-        names = sorted(key.decode().split(":")[-2] for key in store.keys("*"))
+        names = sorted(str(key).split(":")[-2] for key in store.keys("*"))
         assert names.count("score") == 2, "two epochs are retained"
         assert names.count("sample_id") == 0, "no epoch is open any more"
         assert len(list(client.list_experiments())) == 1

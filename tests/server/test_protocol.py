@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -80,11 +81,11 @@ class Job:
         return [b"".join(getattr(r, c) for r in responses) for c in ("scores", "sampling_weights", "num_visits")]
 
 
-def refused(call: Callable[[], Any]) -> tuple[str, str, str]:
+def refused(call: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[str, str, str]:
     """Code, field or reason, and message of a call that must fail."""
 
     def complete() -> None:
-        result = call()
+        result = call(*arguments, **named)
         if hasattr(result, "__next__"):
             list(result)
 
@@ -128,18 +129,18 @@ def test_a_bad_spec_is_refused_with_its_field_and_creates_nothing(
 ) -> None:
     ref = pb.ExperimentRef(name=name)
     request = pb.CreateExperimentRequest(ref=ref, spec=spec(**changes))
-    code, refused_field, message = refused(lambda: stub.CreateExperiment(request))
+    code, refused_field, message = refused(stub.CreateExperiment, request)
     assert (code, refused_field) == ("INVALID_ARGUMENT", field)
     assert f"{field}=" in message
     assert "expected" in message
-    assert refused(lambda: stub.GetExperiment(pb.GetExperimentRequest(ref=ref)))[0] == "NOT_FOUND"
+    assert refused(stub.GetExperiment, pb.GetExperimentRequest(ref=ref))[0] == "NOT_FOUND"
 
 
 def test_a_spec_without_a_policy_is_refused(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
     message = spec()
     message.ClearField("evolved_sampling")
     request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=message)
-    assert refused(lambda: stub.CreateExperiment(request))[:2] == ("INVALID_ARGUMENT", "policy")
+    assert refused(stub.CreateExperiment, request)[:2] == ("INVALID_ARGUMENT", "policy")
 
 
 @pytest.mark.parametrize("bad", ["", "a{b}", "a/b", "a\nb", "a\0b", "-a", "a b", "ü", "a" * 129])
@@ -149,9 +150,9 @@ def test_names_that_could_not_be_keys_are_refused(stub: pb_grpc.SelectionService
         refs["project"] = pb.ExperimentRef(project=bad, name="good")
     for field, ref in refs.items():
         create = pb.CreateExperimentRequest(ref=ref, spec=spec())
-        assert refused(lambda create=create: stub.CreateExperiment(create))[:2] == ("INVALID_ARGUMENT", field)
+        assert refused(stub.CreateExperiment, create)[:2] == ("INVALID_ARGUMENT", field)
         get = pb.GetExperimentRequest(ref=ref)
-        assert refused(lambda get=get: stub.GetExperiment(get))[:2] == ("INVALID_ARGUMENT", field)
+        assert refused(stub.GetExperiment, get)[:2] == ("INVALID_ARGUMENT", field)
 
 
 def test_unknown_experiments_and_stale_uids_are_not_found(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
@@ -197,19 +198,19 @@ def test_a_bad_join_is_refused_and_supersedes_nobody(
     stub: pb_grpc.SelectionServiceStub, name: str, changes: dict[str, Any], field: str
 ) -> None:
     job = Job(stub, name)
-    request = pb.JoinRunRequest(**({"ref": job.ref, "run_id": "other", "rank": 0, "world_size": 1} | changes))
-    assert refused(lambda: stub.JoinRun(request))[:2] == ("INVALID_ARGUMENT", field)
+    joining: dict[str, Any] = {"ref": job.ref, "run_id": "other", "rank": 0, "world_size": 1}
+    request = pb.JoinRunRequest(**(joining | changes))
+    assert refused(stub.JoinRun, request)[:2] == ("INVALID_ARGUMENT", field)
     assert job.stream(0)[0].num_steps == N // B
 
 
 def test_ranks_of_a_run_must_agree_on_world_size_and_position(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
     job = Job(stub, name, world_size=2)
-    for changes, field in [
-        ({"world_size": 3}, "world_size"),
-        ({"world_size": 2, "position": pb.Position(epoch=0, step=1)}, "position"),
-    ]:
-        request = pb.JoinRunRequest(**({"ref": job.ref, "run_id": "run", "rank": 1} | changes))
-        assert refused(lambda request=request: stub.JoinRun(request))[:2] == ("INVALID_ARGUMENT", field)
+    for world_size, step, field in [(3, 0, "world_size"), (2, 1, "position")]:
+        request = pb.JoinRunRequest(
+            ref=job.ref, run_id="run", rank=1, world_size=world_size, position=pb.Position(epoch=0, step=step)
+        )
+        assert refused(stub.JoinRun, request)[:2] == ("INVALID_ARGUMENT", field)
 
 
 def test_bad_losses_are_refused_and_change_nothing(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
@@ -226,14 +227,12 @@ def test_bad_losses_are_refused_and_change_nothing(stub: pb_grpc.SelectionServic
         (np.tile(step, 2), {"first_step": start.num_steps - 1}, "num_steps"),
         (negative, {}, "losses"),
     ]:
-        code, refused_field, message = refused(
-            lambda losses=losses, changes=changes: job.report(start.plan_id, losses, **changes)
-        )
+        code, refused_field, message = refused(job.report, start.plan_id, losses, **changes)
         assert (code, refused_field) == ("INVALID_ARGUMENT", field)
         assert "expected" in message
     assert "minus a constant" in message
     select = pb.SelectMiniBatchRequest(member=job.member, plan_id=start.plan_id, losses=negative.tobytes())
-    assert refused(lambda: stub.SelectMiniBatch(select))[:2] == ("INVALID_ARGUMENT", "losses")
+    assert refused(stub.SelectMiniBatch, select)[:2] == ("INVALID_ARGUMENT", "losses")
     for _ in range(2):
         missing = job.finish(0, start.plan_id, reported_rows=start.num_steps * B).missing_steps
         assert [(steps.first_step, steps.num_steps) for steps in missing] == [(0, start.num_steps)]
@@ -284,10 +283,10 @@ def test_losses_for_an_epoch_that_is_over_are_refused(stub: pb_grpc.SelectionSer
     job.finish(0, start.plan_id)
     job.stream(1)
     before = job.export()
-    assert refused(lambda: job.report(start.plan_id, np.ones(B)))[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
+    assert refused(job.report, start.plan_id, np.ones(B))[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
     select = pb.SelectMiniBatchRequest(member=job.member, plan_id=start.plan_id, losses=np.ones(B, "<f4").tobytes())
-    assert refused(lambda: stub.SelectMiniBatch(select))[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
-    assert refused(lambda: job.stream(0))[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
+    assert refused(stub.SelectMiniBatch, select)[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
+    assert refused(job.stream, 0)[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
     assert job.export() == before
 
 
@@ -300,9 +299,9 @@ def test_what_an_older_run_or_an_older_process_of_a_rank_sends_is_refused(
     third = Job(stub, name, run_id="another")
     for old, what in [(first, "run 1"), (second, "run 1")]:
         for call in (
-            lambda old=old: old.stream(0),
-            lambda old=old: old.report(plan_id, np.ones(B)),
-            lambda old=old: old.finish(0, plan_id),
+            partial(old.stream, 0),
+            partial(old.report, plan_id, np.ones(B)),
+            partial(old.finish, 0, plan_id),
         ):
             code, reason, message = refused(call)
             assert (code, reason) == ("ABORTED", "SUPERSEDED")
@@ -313,10 +312,16 @@ def test_what_an_older_run_or_an_older_process_of_a_rank_sends_is_refused(
 def test_a_thin_client_gets_the_choices_that_other_clients_draw_themselves(
     client: evosample.Client, stub: pb_grpc.SelectionServiceStub, name: str
 ) -> None:
-    settings = {"num_samples": N, "num_epochs": 4, "meta_batch_size": B, "mini_batch_size": CHOSEN, "seed": 3}
+    settings: dict[str, Any] = {
+        "num_samples": N,
+        "num_epochs": 4,
+        "meta_batch_size": B,
+        "mini_batch_size": CHOSEN,
+        "seed": 3,
+    }
     policy = evosample.EvolvedSampling(prune_ratio=0.25)
     losses = fixed_losses(N, 4)
-    local = client.create_experiment(f"{name}-local", **settings, policy=policy)  # type: ignore[arg-type]
+    local = client.create_experiment(f"{name}-local", **settings, policy=policy)
     expected = [visit.key() for visit in train(local, losses)]
     job = Job(stub, name)
     met = []
@@ -376,7 +381,7 @@ def test_creating_is_idempotent_and_another_spec_names_what_differs(
     first = stub.CreateExperiment(pb.CreateExperimentRequest(ref=ref, spec=spec()))
     assert stub.CreateExperiment(pb.CreateExperimentRequest(ref=ref, spec=spec())) == first
     other = pb.CreateExperimentRequest(ref=ref, spec=spec(seed=4, evolved_sampling__prune_ratio=0.1))
-    code, _, message = refused(lambda: stub.CreateExperiment(other))
+    code, _, message = refused(stub.CreateExperiment, other)
     assert code == "ALREADY_EXISTS"
     assert "seed is 3, not 4" in message
     assert "prune_ratio=0.25" in message
@@ -394,12 +399,12 @@ def test_listing_is_paged_and_in_order(stub: pb_grpc.SelectionServiceStub) -> No
     assert [e.ref.name for e in second.experiments] == ["e2"]
     assert not second.next_page_token
     bad = pb.ListExperimentsRequest(project="paged", page_size=10_000)
-    assert refused(lambda: stub.ListExperiments(bad))[:2] == ("INVALID_ARGUMENT", "page_size")
+    assert refused(stub.ListExperiments, bad)[:2] == ("INVALID_ARGUMENT", "page_size")
 
 
 def test_what_is_not_there_yet_says_so(stub: pb_grpc.SelectionServiceStub) -> None:
-    assert refused(lambda: stub.ImportScores(iter([])))[0] == "UNIMPLEMENTED"
-    assert refused(lambda: stub.WatchExperiment(pb.WatchExperimentRequest()))[0] == "UNIMPLEMENTED"
+    assert refused(stub.ImportScores, iter([]))[0] == "UNIMPLEMENTED"
+    assert refused(stub.WatchExperiment, pb.WatchExperimentRequest())[0] == "UNIMPLEMENTED"
 
 
 def test_health_and_reflection_are_served(server: ServerProcess) -> None:
@@ -420,10 +425,10 @@ def test_scores_of_epochs_that_are_no_longer_retained_are_refused(
     job.stream(3)
     for epoch in (2, 3):
         assert len(job.export(epoch=epoch)[0]) == 4 * N
-    code, _, message = refused(lambda: job.export(epoch=1))
+    code, _, message = refused(job.export, epoch=1)
     assert code == "FAILED_PRECONDITION"
     assert "2, 3" in message
     old = pb.JoinRunRequest(ref=job.ref, run_id="back", world_size=1, position=pb.Position(epoch=1))
-    code, _, message = refused(lambda: stub.JoinRun(old))
+    code, _, message = refused(stub.JoinRun, old)
     assert code == "FAILED_PRECONDITION"
     assert "the oldest is 2" in message
