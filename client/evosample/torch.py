@@ -187,12 +187,13 @@ class Loader:
         micro_batch = self._pending[0]
         step = micro_batch.step
         losses = _checked(losses, micro_batch.num_rows)
-        self._ends_step = len(step.losses) + 1 == step.num_micro_batches
-        if not step.batch.selects and self._ends_step:
+        ends_step = len(step.losses) + 1 == step.num_micro_batches
+        if not step.batch.selects and ends_step:
             step.batch.report(torch.cat([*step.losses, losses.detach()]))
+        self._ends_step = ends_step
         self._pending.popleft()
         step.losses.append(losses.detach())
-        if self._ends_step:
+        if ends_step:
             self._position = Position(step.batch.epoch, step.batch.step + 1)
             if self._position.step == self.experiment.num_steps(step.batch.epoch):
                 self._position = Position(step.batch.epoch + 1, 0)
@@ -201,7 +202,11 @@ class Loader:
         return losses.sum() / step.num_rows
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches that are left of the epoch at `position`; after a `break` it goes on where training stopped."""
+        """The batches that are left of the epoch at `position`.
+
+        After a `break` or an error it goes on where training stopped; with several ranks that takes a new run_id, and
+        so a new loader.
+        """
         epoch = self._next_epoch()
         self._is_exhausted = False
         self._planned.begin(epoch)
@@ -358,7 +363,8 @@ def take_rows(batch: Any, positions: torch.Tensor, num_rows: int) -> Any:
 
     Of tensors and arrays it takes rows of the first dimension; scalars and other leaves stay as they are. Mappings,
     dataclasses, named tuples, lists and tuples are gone into, but a list or tuple of `num_rows` elements that are not
-    columns themselves (such as the strings that `default_collate` leaves alone) holds one element a sample.
+    columns themselves (such as the strings that `default_collate` leaves alone) holds one element a sample. A list of
+    samples that look like columns, such as n tensors of n rows, needs the loader's `take`.
 
     Args:
         batch: what a `collate_fn` made.

@@ -35,10 +35,11 @@ def _explained(error: Exception) -> str:
     problems = getattr(error, "errors", None)
     if problems is None:
         return str(error)
-    return "; ".join(
-        f"--{'.'.join(map(str, problem['loc'])).replace('_', '-')}={problem['input']!r}: {problem['msg']}"
-        for problem in problems()
-    )
+    explained = []
+    for problem in problems():
+        option = f"--{str(problem['loc'][0]).replace('_', '-')}={problem['input']!r}: " if problem["loc"] else ""
+        explained.append(option + problem["msg"].removeprefix("Value error, "))
+    return "; ".join(explained)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import grpc
 import structlog
@@ -58,6 +60,8 @@ def run(settings: Settings) -> None:
     finally:
         if embedded is not None:
             embedded.close()
+        if settings.parent_pid is not None and os.getppid() != settings.parent_pid:  # nobody else is left to do it
+            shutil.rmtree(Path(settings.listen.removeprefix("unix:")).parent, ignore_errors=True)
 
 
 async def _serve(settings: Settings, redis_url: str) -> None:

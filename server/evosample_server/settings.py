@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -41,4 +41,14 @@ class Settings(BaseSettings):
     )
     cache_bytes: int = Field(2**30, ge=0, description="memory for columns that were read or written lately")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
-    parent_pid: int | None = Field(None, description="stop when this process, the server's parent, ends")
+    parent_pid: int | None = Field(
+        None,
+        description="of a private server: stop when this process, the server's parent, ends, and remove the folder of "
+        "the unix socket",
+    )
+
+    @model_validator(mode="after")
+    def _private_servers_have_a_socket(self) -> Self:
+        if self.parent_pid is not None and not self.listen.startswith("unix:"):
+            raise ValueError("--parent-pid needs --listen unix:/FOLDER/SOCKET, in a folder of the server's own")
+        return self

@@ -159,11 +159,15 @@ def test_a_private_server_ends_with_its_parent(tmp_path: Path) -> None:
     script = f"""
 import os, signal, evosample
 client = evosample.connect(data_dir={str(tmp_path)!r})
+print(client.address)
 client.create_experiment("e", num_samples=10, num_epochs=1, meta_batch_size=2, policy=evosample.Uniform())
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
-    wait_until(lambda: not processes_with(str(tmp_path)))
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=60, capture_output=True, text=True)
+    folder = Path(killed.stdout.strip().removeprefix("unix:")).parent
+    assert folder.name.startswith("evosample-")
+    wait_until(lambda: not processes_with(str(tmp_path)) and not folder.exists())
+    assert (tmp_path / "appendonlydir").exists(), "the scores stay where they were to be kept"
 
 
 def test_a_private_server_keeps_its_scores_where_it_is_told(tmp_path: Path) -> None:
