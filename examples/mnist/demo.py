@@ -309,16 +309,16 @@ def comparison(runs: list[Run], num_test: int) -> str:
     )
 
 
-def disturbance(runs: list[Run]) -> list[str]:
+def disturbance(runs: list[Run]) -> str:
     """A warning if the measured times are not fit to be compared; or nothing."""
     slowdowns = {run.policy: run.train_seconds / run.predicted_s for run in runs}
     if max(slowdowns.values()) < 1.3 * min(slowdowns.values()):
-        return []
+        return ""
     factors = ", ".join(f"{policy} {slowdown:.1f}" for policy, slowdown in slowdowns.items())
-    return [
+    return (
         "The training times are not fit to be compared. Each run took this many times as long as predicted: "
         f"{factors}. Other work on the machine does that: go by the predicted savings, or run the demo again."
-    ]
+    )
 
 
 def plot(runs: list[Run]) -> Figure:
@@ -435,7 +435,8 @@ def main(
                 for experiment, task in zip(experiments, tasks, strict=True)
             ]
 
-    console.print(table(runs), comparison(runs, num_test), *disturbance(runs), sep="\n\n")
+    said = [comparison(runs, num_test), disturbance(runs)]
+    console.print(table(runs), *filter(None, said), sep="\n\n")
     report_dir.mkdir(parents=True, exist_ok=True)
     (report_dir / "report.json").write_text(json.dumps(report(runs, costs, num_train, num_test), indent=2) + "\n")
     plot(runs).savefig(report_dir / "accuracy.png")
