@@ -93,8 +93,11 @@ def export(
     """Write an experiment's scores to a NumPy file: scores, sampling_weights and num_visits, by sample id."""
     with _connect(address) as client:
         exported = client.get_experiment(name, project=project).export_scores()
-    columns = exported._asdict()
-    np.savez(output, **columns)
+    try:
+        with output.open("wb") as file:  # a name that numpy were given would grow an ending
+            np.savez(file, **exported._asdict())
+    except OSError as error:
+        raise EvosampleError(f"can't write {output}: {error.strerror}") from error
     typer.echo(f"{output}: scores of {len(exported.scores):,} samples at the start of epoch {exported.epoch}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -32,6 +33,7 @@ from evosample.wire import (
     ExperimentName,
     ExperimentStatus,
     Position,
+    check_address,
     column,
     ref_to_proto,
     spec_to_proto,
@@ -82,6 +84,11 @@ def connect(
             f"data_dir={os.fspath(data_dir)!r}: only a private server takes it; the one at {address} has its own",
             field="data_dir",
         )
+    if address is not None:
+        try:
+            check_address("address", address)
+        except InvalidValue as error:
+            raise InvalidArgumentError(str(error), field=error.field) from error
     server = PrivateServer(data_dir) if address is None else None
     connection = Connection(
         address or server.address,  # type: ignore[union-attr]  # one of the two is there
@@ -112,11 +119,10 @@ class Client:
 
     def close(self) -> None:
         """Report what is left of all runs, close the connection, and stop a private server."""
-        try:
+        with contextlib.ExitStack() as stack:  # one that fails keeps none of the others from being closed
+            stack.callback(self._connection.close)
             for run in list(self._runs):
-                run.close()
-        finally:
-            self._connection.close()
+                stack.callback(run.close)
 
     @property
     def address(self) -> str:
@@ -216,7 +222,6 @@ class Experiment:
         self.spec = status.spec
         self._connection = connection
         self._runs = runs
-        self._run: Run | None = None
 
     def __repr__(self) -> str:
         return f"Experiment({self.project}/{self.name}, uid={self.uid})"
@@ -276,7 +281,9 @@ class Experiment:
         try:
             world_size = self.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
-            start = None if position is None else Position(*(check_int("position", n, 0, 2**32 - 1) for n in position))
+            check_name("run_id", run_id)
+            check_int("read_ahead", read_ahead, 0, 2**31)
+            start = None if position is None else _checked_position(position)
         except InvalidValue as error:
             raise InvalidArgumentError(str(error), field=error.field) from error
         if self._connection.server is not None and world_size != 1:
@@ -284,11 +291,17 @@ class Experiment:
         request = pb.JoinRunRequest(ref=self._ref, run_id=run_id, rank=rank, world_size=world_size)
         if start is not None:
             request.position.CopyFrom(pb.Position(epoch=start.epoch, step=start.step))
+        # This run takes over from one of this process: what that one has yet to report belongs before the new position.
+        predecessors = [run for run in self._active_runs() if run.rank == rank]
+        for run in predecessors:
+            run.flush()
         joined = self._connection.call("JoinRun", request)
+        for run in predecessors:
+            run.close()
         start = Position(joined.position.epoch, joined.position.step)
         if position is None and start.epoch:
             _log.warning("experiment %s goes on at epoch %d of %d", self.name, start.epoch, self.spec.num_epochs)
-        self._run = Run(
+        run = Run(
             self._connection,
             self.spec,
             pb.Member(ref=self._ref, generation=joined.generation, rank=rank, claim=joined.claim),
@@ -297,8 +310,8 @@ class Experiment:
             read_ahead=read_ahead,
             wait_timeout_s=wait_timeout_s,
         )
-        self._runs.add(self._run)
-        return self._run
+        self._runs.add(run)
+        return run
 
     def export_scores(self, *, epoch: int | None = None) -> ExportedScores:
         """The scores at an epoch's start. Default: the latest, with all losses of epochs that every rank has finished.
@@ -306,6 +319,11 @@ class Experiment:
         Raises:
             FailedPreconditionError: the epoch's scores are no longer retained.
         """
+        if epoch is not None:
+            try:
+                check_int("epoch", epoch, 0, self.spec.num_epochs)
+            except InvalidValue as error:
+                raise InvalidArgumentError(str(error), field=error.field) from error
         self._flush()
         request = pb.ExportScoresRequest(ref=self._ref, epoch=epoch)
         parts = self._connection.collect("ExportScores", request)
@@ -316,10 +334,20 @@ class Experiment:
             np.concatenate([column(part.num_visits, np.uint32) for part in parts]),
         )
 
+    def _active_runs(self) -> list[Run]:
+        """This client's runs of the experiment that may still report."""
+        return [run for run in list(self._runs) if run.uid == self.uid and run.is_active]
+
     def _flush(self) -> None:
-        if self._run is not None and self._run.is_active:
-            self._run.flush()
+        for run in self._active_runs():
+            run.flush()
 
     @property
     def _ref(self) -> pb.ExperimentRef:
         return ref_to_proto(ExperimentName(self.project, self.name), self.uid)
+
+
+def _checked_position(position: tuple[int, int]) -> Position:
+    if not isinstance(position, tuple) or len(position) != 2:
+        raise InvalidValue("position", position, "a pair (epoch, step), such as an earlier run's position")
+    return Position(*(check_int("position", number, 0, 2**32 - 1) for number in position))

@@ -15,6 +15,7 @@ EvosampleError
 |-- InternalError                            a bug of the server
 `-- UsageError (also RuntimeError)           calls in an order that can't work, such as a step without losses
 
+The one exception is what the settings of a policy or a spec raise where they are made: InvalidValue, a ValueError.
 Client and server share this tree: the server raises it, the wire carries `code` and `reason`, the client raises it.
 """
 

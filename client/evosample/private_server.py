@@ -31,14 +31,14 @@ class PrivateServer:
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix="evosample-", dir="/tmp"))
         self.address = f"unix:{folder}/server.sock"
-        log_path = folder / "server.log"
+        self._log_path = folder / "server.log"
         # -P: a folder of this name in the working directory is not the package
         command = [sys.executable, "-P", "-m", "evosample_server", "--listen", self.address]
         command += ["--data-dir", str(data_dir or folder / "data"), "--parent-pid", str(os.getpid())]
         command += ["--log-level", "warning"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EVOSAMPLE_")}
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(  # noqa: S603  # our own interpreter and arguments
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and arguments
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -46,15 +46,25 @@ class PrivateServer:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches the training job, which then still has a server to report to
             )
-        self._close = weakref.finalize(self, _stop, process, folder, os.getpid())
-        assert process.stdout is not None
-        with process.stdout as output:
+        self._close = weakref.finalize(self, _stop, self._process, folder, os.getpid())
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
             ready = output.readline()
         if not ready:
-            process.wait()
-            said = log_path.read_text(errors="replace").strip()
+            self._process.wait()
+            said = self.said()
             self.close()
-            raise UnavailableError(f"the private server could not start: {said or f'exit code {process.returncode}'}")
+            raise UnavailableError(f"the private server could not start: {said}")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the child lives."""
+        return self._process.poll() is None
+
+    def said(self) -> str:
+        """How a server that has ended explains itself: the end of its log, or its exit code."""
+        log = self._log_path.read_text(errors="replace").strip() if self._log_path.exists() else ""
+        return log[-1000:] or f"exit code {self._process.returncode}"
 
     def close(self) -> None:
         """Stop the server; repeating it does nothing. Also done when the interpreter ends."""

@@ -50,6 +50,7 @@ class Connection:
         self.outage_timeout_s = outage_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._has_answered = False
+        self._is_closed = False
         self._channel: grpc.Channel | None = None
         self._stub: pb_grpc.SelectionServiceStub | None = None
         self._pid = 0
@@ -58,7 +59,9 @@ class Connection:
         return _connection, (self.address, self._connect_timeout_s, self.outage_timeout_s)
 
     def stub(self) -> pb_grpc.SelectionServiceStub:
-        """The stub of this process: gRPC's handles must not cross a fork."""
+        """The stub of this process: gRPC's handles must not cross a fork. Raises UsageError once closed."""
+        if self._is_closed:
+            raise errors.UsageError("this client is closed: use it inside its `with` block, or connect anew")
         if self._stub is None or self._pid != os.getpid():
             self._pid = os.getpid()
             self._channel = grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
@@ -66,7 +69,8 @@ class Connection:
         return self._stub
 
     def close(self) -> None:
-        """Close this process's channel, and a private server. A later call opens another channel."""
+        """Close this process's channel, and a private server."""
+        self._is_closed = True
         if self._channel is not None and self._pid == os.getpid():
             self._channel.close()
         self._channel = self._stub = None
@@ -86,6 +90,8 @@ class Connection:
 
     def _retried(self, attempt: Callable[[], Any], give_up: threading.Event | None = None) -> Any:
         """The result of an idempotent attempt, repeated while it fails with UNAVAILABLE."""
+        if not self._has_answered:
+            self._reach_server()
         for retry in self.retries(give_up):
             try:
                 result = attempt()
@@ -95,6 +101,32 @@ class Connection:
                 self._has_answered = True
                 return result
         raise AssertionError("retries end by raising")
+
+    def _reach_server(self) -> None:
+        """Bound the first contact by a quick call: the real one may rightly take long, such as planning an epoch."""
+        self.stub()
+        assert self._channel is not None
+        check: grpc.UnaryUnaryMultiCallable[None, bytes] = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            lambda _: b"",
+            bytes,  # an empty request is all it takes
+        )
+        for retry in self.retries():
+            try:
+                check(None, timeout=self._connect_timeout_s)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise self._no_answer(self._connect_timeout_s) from error
+                retry(error)
+            else:
+                self._has_answered = True
+                return
+
+    def _no_answer(self, timeout_s: float, cause: str = "") -> errors.UnavailableError:
+        return errors.UnavailableError(
+            f"no answer from a server at {self.address} within {timeout_s:g} s. Is it running, and is the address "
+            f"right? Start one with `evosample-server`.{cause and f' (Last: {cause})'}"
+        )
 
     def retries(self, give_up: threading.Event | None = None) -> Iterator[Callable[[grpc.RpcError], None]]:
         """For each attempt a function to call with its failure: it waits, or raises if there is no use in waiting.
@@ -108,6 +140,8 @@ class Connection:
 
         def retry(error: grpc.RpcError) -> None:
             translated = self._translated(error, timeout_s)
+            if self.server is not None and not self.server.is_running:
+                raise errors.UnavailableError(f"the private server has ended: {self.server.said()}") from error
             wait_s = random.uniform(0, delay_s)  # noqa: S311  # jitter
             if not isinstance(translated, errors.UnavailableError) or time.monotonic() + wait_s > deadline_s:
                 raise translated from error
@@ -121,10 +155,7 @@ class Connection:
     def _translated(self, error: grpc.RpcError, timeout_s: float) -> EvosampleError:
         translated = from_grpc(error)
         if isinstance(translated, errors.UnavailableError):
-            return errors.UnavailableError(
-                f"no answer from a server at {self.address} within {timeout_s:g} s. Is it running, and is the address "
-                f"right? Start one with `evosample-server`. (Last: {translated})"
-            )
+            return self._no_answer(timeout_s, str(translated))
         return translated
 
 

@@ -15,7 +15,13 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from evosample.errors import InternalError, InvalidArgumentError, UsageError, WaitTimeoutError
+from evosample.errors import (
+    InternalError,
+    InvalidArgumentError,
+    SupersededError,
+    UsageError,
+    WaitTimeoutError,
+)
 from evosample.rpc import Connection
 from evosample.sampling import (
     ExperimentSpec,
@@ -38,6 +44,7 @@ _REPORT_BYTES = 2**20
 _REPORT_INTERVAL_S = 0.2
 _WAIT_LOG_INTERVAL_S = 10.0
 _CLOSE_TIMEOUT_S = 10.0
+_CLOSED = "the run is closed: its client was closed, or has begun a newer run as the same rank"
 
 
 class _Chunk(NamedTuple):
@@ -241,6 +248,7 @@ class Run:
     many steps a message, and ends epochs. What fails there is raised by the next call here.
 
     Attributes:
+        uid: of the experiment.
         rank, world_size: this process's place in the job.
         generation: number of this run in the experiment, from 1.
         position: the next step whose losses are due.
@@ -258,6 +266,7 @@ class Run:
         wait_timeout_s: float,
     ) -> None:
         self.spec = spec
+        self.uid = member.ref.uid
         self.rank = member.rank
         self.world_size = world_size
         self.generation = member.generation
@@ -302,6 +311,7 @@ class Run:
             with self._changed:
                 self._wait_for(lambda: bool(self._epochs) or self._has_ended)
                 if not self._epochs:
+                    atexit.unregister(self.close)  # nothing is left to report: who drops the run frees it
                     raise StopIteration
                 self._current = self._epochs.popleft()
             if self._current.first_step < self._current.num_steps:  # else it was resumed at its very end
@@ -345,15 +355,18 @@ class Run:
         try:
             if self._error is None:
                 self._flush(deadline_s=time.monotonic() + _CLOSE_TIMEOUT_S)
+        except SupersededError as error:
+            _log.info("closing a run that was superseded: %s", error)
         except WaitTimeoutError:
             _log.warning("closing without an answer from the server: some losses of the last steps are not reported")
         finally:
             atexit.unregister(self.close)
-            self._closing.set()
             with self._changed:
+                self._closing.set()
                 self._changed.notify_all()
-            if self._call is not None:
-                self._call.cancel()
+                call = self._call
+            if call is not None:
+                call.cancel()
             for thread in self._threads:
                 thread.join(_CLOSE_TIMEOUT_S)
 
@@ -365,7 +378,7 @@ class Run:
             if self._error is not None:
                 raise self._error
             if self._closing.is_set():
-                raise UsageError("the run is closed")
+                raise UsageError(_CLOSED)
             if not self._changed.wait(None if deadline_s is None else deadline_s - time.monotonic()):
                 raise WaitTimeoutError("the losses could not be reported in time")
 
@@ -380,6 +393,8 @@ class Run:
         """Note that one more step's losses are in `epoch.losses`."""
         if self._error is not None:
             raise self._error
+        if self._closing.is_set():
+            raise UsageError(_CLOSED)
         if num_non_finite and not self.num_non_finite:
             _log.warning(
                 "step %d of epoch %d has %d losses that are not finite: they count as not visited (said once)",
@@ -455,7 +470,10 @@ class Run:
         )
         began_s = last_log_s = time.monotonic()
         waiting_for: list[int] = []
-        self._call = self._connection.stub().StreamEpoch(request, timeout=self._wait_timeout_s)
+        with self._changed:  # close() cancels either this call or its making
+            if self._closing.is_set():
+                return
+            self._call = self._connection.stub().StreamEpoch(request, timeout=self._wait_timeout_s)
         try:
             for response in self._call:
                 self._outage = None

@@ -56,9 +56,10 @@ class _MicroBatch:
 class Loader:
     """Yields the mini-batches of an experiment: a `DataLoader` whose samples the selection server chooses.
 
-    Iterating it goes through one epoch. In a step that selects it loads the meta-batch, scores it with `score`, and
-    yields the chosen rows; in other steps (annealing epochs, `Uniform`, `RandomSubset`) it yields all it has loaded.
-    Pass the per-sample losses of everything that it yields to `mean`, which gives the loss to back-propagate.
+    Iterating it goes through one epoch, or through what is left of one that was broken off. In a step that selects it
+    loads the meta-batch, scores it with `score`, and yields the chosen rows; in other steps (annealing epochs,
+    `Uniform`, `RandomSubset`) it yields all it has loaded. Pass the per-sample losses of everything that it yields to
+    `mean`, which gives the loss to back-propagate.
 
     The scoring pass runs without gradients in the model's current mode, and leaves the model's buffers (BatchNorm
     statistics among them) and PyTorch's random state as they were.
@@ -105,6 +106,10 @@ class Loader:
                 "returns the loss of each of its samples",
                 field="score",
             )
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidArgumentError(f"model={model!r}: expected a torch.nn.Module", field="model")
+        if read_ahead < 0:
+            raise InvalidArgumentError(f"read_ahead={read_ahead}: expected at least 0", field="read_ahead")
         for option in sorted(_PLANNED_OPTIONS & options.keys()):
             raise InvalidArgumentError(
                 f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
@@ -160,6 +165,8 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position. With several ranks, after a new start of the job with a new run_id."""
+        if not isinstance(state, Mapping) or not {"experiment", "epoch", "step"} <= state.keys():
+            raise InvalidArgumentError(f"state={state!r}: expected what state_dict() gave", field="state")
         if state["experiment"] != self.experiment.name:
             raise InvalidArgumentError(
                 f"the state belongs to experiment {state['experiment']!r}, the loader to {self.experiment.name!r}",
@@ -313,6 +320,8 @@ class _PlannedBatches:
 
 
 def _checked(losses: torch.Tensor, num_rows: int) -> torch.Tensor:
+    if not isinstance(losses, torch.Tensor):
+        raise InvalidArgumentError(f"losses={losses!r}: expected a tensor of {num_rows} losses", field="losses")
     if losses.shape != (num_rows,):
         raise InvalidArgumentError(
             f"losses have shape {tuple(losses.shape)}, expected ({num_rows},): one loss a sample of the batch. "

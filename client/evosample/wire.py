@@ -82,6 +82,14 @@ def column_bytes(values: NDArray[Any]) -> bytes:
     return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
+def check_address(field: str, address: object) -> None:
+    """Raises InvalidValue unless this is HOST:PORT or unix:/PATH. (gRPC takes a port modulo 65,536.)"""
+    _, colon, port = str(address).rpartition(":")
+    is_port = bool(colon) and port.isascii() and port.isdigit() and int(port) < 2**16
+    if not isinstance(address, str) or not (is_port or address.startswith("unix:")):
+        raise InvalidValue(field, address, "HOST:PORT with a port from 0 to 65535, or unix:/PATH")
+
+
 def ref_to_proto(name: ExperimentName, uid: str = "") -> pb.ExperimentRef:
     """The name, and the uid where known, as a message."""
     return pb.ExperimentRef(project=name.project, name=name.name, uid=uid)

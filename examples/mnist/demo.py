@@ -94,16 +94,16 @@ def load_mnist(num_train: int, num_test: int) -> tuple[Mnist, Mnist]:
 
 
 def make_model() -> nn.Module:
-    """A CNN of 215,000 parameters: small, but large enough that computing dominates a step."""
+    """A CNN of 185,000 parameters: small, but large enough that computing dominates a step."""
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 5, padding=2),
+        nn.Conv2d(1, 32, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 5, padding=2),
+        nn.Conv2d(32, 64, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 128),
+        nn.Linear(64 * 4 * 4, 128),
         nn.ReLU(),
         nn.Linear(128, 10),
     )

@@ -15,7 +15,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from evosample.errors import InvalidArgumentError, UnavailableError
@@ -31,6 +31,7 @@ _log = structlog.get_logger()
 
 _SERVICE = selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name
 _GRACE_S = 5.0
+_STORE_TIMEOUT_S = 10.0
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
     # clients may ping while they wait, so that either side soon sees that the other is gone
@@ -56,7 +57,7 @@ def run(settings: Settings) -> None:
     )
     embedded = None if settings.redis_url else EmbeddedStore(settings.data_dir)
     try:
-        asyncio.run(_serve(settings, embedded.url if embedded else str(settings.redis_url)))
+        asyncio.run(_serve(settings, embedded.url if embedded else str(settings.redis_url), embedded))
     finally:
         if embedded is not None:
             embedded.close()
@@ -64,7 +65,7 @@ def run(settings: Settings) -> None:
             shutil.rmtree(Path(settings.listen.removeprefix("unix:")).parent, ignore_errors=True)
 
 
-async def _serve(settings: Settings, redis_url: str) -> None:
+async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | None) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -73,18 +74,20 @@ async def _serve(settings: Settings, redis_url: str) -> None:
         await store.check()
     except RedisError as error:
         raise UnavailableError(f"can't use Redis at {_without_password(redis_url)}: {error}") from error
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    address = _bind(server, settings.listen)
     async with asyncio.TaskGroup() as tasks:
         if settings.parent_pid is not None:
             tasks.create_task(_stop_with_parent(settings.parent_pid, stopping))
         experiments = Experiments(store, Planner(store, tasks), max_samples=settings.max_samples)
-        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        if embedded is not None:
+            tasks.create_task(_stop_with_store(embedded, stopping))
         selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         reflection.enable_server_reflection(
             [_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
         )
-        address = _bind(server, settings.listen)
         if not settings.listen.startswith(("unix:", "127.", "localhost:", "[::1]:")):
             _log.warning("others can reach this server, and nothing asks who they are: keep it on a trusted network")
         await server.start()
@@ -96,11 +99,23 @@ async def _serve(settings: Settings, redis_url: str) -> None:
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)
     await store.close()
+    if embedded is not None and not embedded.is_running:
+        raise UnavailableError(
+            f"the embedded store ended by itself: see {embedded.log_path}, and start the server again"
+        )
 
 
 def _redis(url: str) -> Redis:
     try:
-        return Redis.from_url(url, socket_connect_timeout=5)
+        # Bounds for everything: a store that is frozen is as good as one that is away.
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=100,
+            timeout=_STORE_TIMEOUT_S,
+            socket_timeout=_STORE_TIMEOUT_S,
+            socket_connect_timeout=5,
+        )
+        return Redis.from_pool(pool)
     except ValueError as error:
         raise InvalidArgumentError(
             f"--redis-url: {error}. Expected redis://[user:password@]host:port/db, rediss://... or unix:///path",
@@ -122,6 +137,14 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
             f"can't listen on {listen}: is the address right (HOST:PORT or unix:/PATH), and free?"
         ) from error
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def _stop_with_store(embedded: EmbeddedStore, stopping: asyncio.Event) -> None:
+    """Stop when the store has ended: whoever supervises the server then starts both anew."""
+    while not stopping.is_set():
+        if not embedded.is_running:
+            stopping.set()
+        await asyncio.sleep(0.2)
 
 
 async def _stop_with_parent(parent_pid: int, stopping: asyncio.Event) -> None:

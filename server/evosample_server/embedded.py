@@ -48,11 +48,11 @@ class EmbeddedStore:
             raise FailedPreconditionError(f"can't keep data in {data_dir} (--data-dir): {error}") from error
         self._socket = _socket_path(data_dir)
         self._socket.unlink(missing_ok=True)
-        self._log_path = data_dir / "valkey.log"
+        self.log_path = data_dir / "valkey.log"
         command = [binary, "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"]
         command += ["--dir", str(data_dir.resolve()), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
         command += ["--maxmemory-policy", "noeviction", "--daemonize", "no"]
-        with self._log_path.open("ab") as log:
+        with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603  # our own binary and arguments
                 command,
                 stdin=subprocess.DEVNULL,
@@ -71,7 +71,7 @@ class EmbeddedStore:
         began_s = last_log_s = time.monotonic()
         while True:
             if self._process.poll() is not None:
-                raise UnavailableError(f"the embedded store ended at once: see {self._log_path}")
+                raise UnavailableError(f"the embedded store ended at once: see {self.log_path}")
             try:
                 client.ping()
             except redis.BusyLoadingError:  # a large append-only file takes its time
@@ -85,6 +85,11 @@ class EmbeddedStore:
                 return
             time.sleep(0.02)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the child lives."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Stop the child in order: it writes out what it has."""
         if self._process.poll() is None:
@@ -92,7 +97,7 @@ class EmbeddedStore:
             try:
                 self._process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                _log.warning("the embedded store did not stop: killing it", log=str(self._log_path))
+                _log.warning("the embedded store did not stop: killing it", log=str(self.log_path))
                 self._process.kill()
                 self._process.wait()
         shutil.rmtree(self._socket.parent, ignore_errors=True)

@@ -55,6 +55,11 @@ class ExperimentKeys:
         return self._key("plans")
 
     @property
+    def doomed(self) -> str:
+        """Hash: plan_id -> epoch of plans whose columns are being removed."""
+        return self._key("doomed")
+
+    @property
     def epochs(self) -> str:
         """Hash: epoch -> plan_id of the retained epochs."""
         return self._key("epochs")

@@ -119,8 +119,7 @@ class Planner:
                 return
         state: ExperimentState = "finished" if is_last else "open"
         if not await store.commit(head, epoch=epoch, plan_id=plan_id, state=state, row_counts=row_counts):
-            if not is_replan:
-                await store.drop_plan(head, plan_id)
+            await store.collect(head, lost_plan=plan_id)
             return
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)

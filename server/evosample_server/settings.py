@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from evosample.wire import check_address
 
 
 class Settings(BaseSettings):
@@ -46,6 +48,12 @@ class Settings(BaseSettings):
         description="of a private server: stop when this process, the server's parent, ends, and remove the folder of "
         "the unix socket",
     )
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_an_address(cls, listen: str) -> str:
+        check_address("listen", listen)
+        return listen
 
     @model_validator(mode="after")
     def _private_servers_have_a_socket(self) -> Self:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from evosample.errors import DataLossError, FailedPreconditionError
+from evosample.errors import DataLossError, EpochClosedError, FailedPreconditionError
 from evosample.sampling import ExperimentSpec, Scores, Table, loss_bits, losses_of_bits, part, sample_id_dtype
 from evosample.v1 import selection_pb2 as pb
 from evosample.wire import ExperimentName, ExperimentState, ExperimentStatus, Position, spec_from_proto, spec_to_proto
@@ -28,7 +28,19 @@ from evosample_server.keys import BLOCK_ROWS, ExperimentKeys
 
 _log = structlog.get_logger()
 
-_SCRIPTS = ("create", "register", "write", "join", "report", "finish", "commit", "delete", "forget")
+_SCRIPTS = (
+    "create",
+    "register",
+    "write",
+    "join",
+    "report",
+    "finish",
+    "commit",
+    "retire",
+    "unlink_table",
+    "delete",
+    "forget",
+)
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
 _SCORE_COLUMNS = ("score", "sampling_weight", "num_visits")
 
@@ -139,7 +151,7 @@ class Store:
         except ResponseError:  # managed services hide CONFIG
             _log.warning("cannot read Redis's maxmemory-policy: make sure that it is noeviction")
             return
-        policy = next(iter(config.values()))
+        policy = next(iter(config.values()), "noeviction")  # managed services may answer with nothing
         if policy not in ("noeviction", b"noeviction"):
             policy = policy.decode() if isinstance(policy, bytes) else policy
             raise FailedPreconditionError(
@@ -238,11 +250,11 @@ class Store:
         if deleted_uid is None:
             return
         gone = ExperimentKeys(name, deleted_uid.decode())
-        for plan_id in await cast(Any, self._redis.hkeys(gone.plans)):
-            await self._unlink_plan(gone, _spec(spec), plan_id.decode())
-        await self._run(
-            "forget", [gone.head, gone.claims, gone.finished, gone.plans, gone.epochs, gone.turn_lock], [gone.uid]
-        )
+        for registry in (gone.plans, gone.doomed):
+            for plan_id in await cast(Any, self._redis.hkeys(registry)):
+                await self._unlink_plan(gone, _spec(spec), plan_id.decode())
+        rest = [gone.claims, gone.finished, gone.plans, gone.doomed, gone.epochs, gone.turn_lock]
+        await self._run("forget", [gone.head, *rest], [gone.uid])
 
     async def join(
         self, head: Head, *, run_id: str, rank: int, world_size: int, claim: int, given: bool, target: Position
@@ -361,25 +373,19 @@ class Store:
         counts = (item for pair in row_counts._asdict().items() for item in pair)
         return bool(await self._run("commit", script_keys, [*head.identity(), epoch, plan_id, state, *counts]))
 
-    async def drop_plan(self, head: Head, plan_id: str) -> None:
-        """Remove a plan that lost, with all its columns."""
-        await self._unlink_plan(head.keys, head.spec, plan_id)
-        await cast(Any, self._redis.hdel(head.keys.plans, plan_id))
-
-    async def collect(self, head: Head) -> None:
-        """Remove what is no longer retained: old epochs, past epochs' tables, plans that lost. Repeatable."""
+    async def collect(self, head: Head, *, lost_plan: str = "") -> None:
+        """Remove what is no longer needed: old epochs, past epochs' tables, plans that lost. Repeatable."""
         experiment = head.keys
-        registered = await cast(Any, self._redis.hgetall(experiment.plans))
-        retained = await cast(Any, self._redis.hgetall(experiment.epochs))
-        for epoch, plan_id in list(retained.items()):
-            if int(epoch) <= head.epoch - self._retain_epochs:
-                await cast(Any, self._redis.hdel(experiment.epochs, epoch))
-                del retained[epoch]
-            elif int(epoch) < head.epoch:
-                await self._unlink(self._column_keys(experiment, head.spec, plan_id.decode(), _TABLE_COLUMNS))
-        for plan_id, epoch in registered.items():
-            if int(epoch) <= head.epoch and retained.get(epoch) != plan_id:
-                await self.drop_plan(head, plan_id.decode())
+        script_keys = [experiment.head, experiment.plans, experiment.epochs, experiment.doomed]
+        for plan_id in await self._run("retire", script_keys, [head.uid, self._retain_epochs, lost_plan]):
+            await self._unlink_plan(experiment, head.spec, plan_id.decode())
+            await cast(Any, self._redis.hdel(experiment.doomed, plan_id))
+        for plan_id in await cast(Any, self._redis.hvals(experiment.epochs)):
+            if plan_id.decode() != head.plan_id:
+                columns = self._column_keys(experiment, head.spec, plan_id.decode(), _TABLE_COLUMNS)
+                for first in range(0, len(columns), 1000):
+                    some = columns[first : first + 1000]
+                    await self._run("unlink_table", [experiment.head, *some], [head.uid, plan_id])
 
     async def _unlink_plan(self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str) -> None:
         info = await self._plan_info(experiment, plan_id)
@@ -445,19 +451,23 @@ class Store:
             rows = self._cache.get(key)
             if rows is None:
                 num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
-                rows = await self._read_block(key, np.dtype(dtype), num_rows)
+                rows = await self._read_block(head, plan_id, column, key, np.dtype(dtype), num_rows)
             pieces.append(rows[block.start : block.start + block.num_rows])
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype)
 
-    async def _read_block(self, key: str, dtype: np.dtype[Any], num_rows: int) -> NDArray[Any]:
+    async def _read_block(
+        self, head: Head, plan_id: str, column: str, key: str, dtype: np.dtype[Any], num_rows: int
+    ) -> NDArray[Any]:
         async with self._cache.loading(key):
             rows = self._cache.get(key)  # another reader may have brought it
             if rows is None:
                 data = await self._redis.get(key)
                 expected = num_rows * dtype.itemsize
                 if data is None or len(data) != expected:
+                    if not await self._is_kept(head, plan_id, column):
+                        raise EpochClosedError("the experiment has gone on meanwhile: this epoch is no longer kept")
                     raise DataLossError(
                         f"the store has {0 if data is None else len(data):,} of {expected:,} bytes of {key}: "
                         "it lost committed data. Restore a backup of Redis, or delete the experiment"
@@ -465,6 +475,15 @@ class Store:
                 rows = np.frombuffer(cast(bytes, data), dtype)
                 self._cache.put(key, rows)
         return rows
+
+    async def _is_kept(self, head: Head, plan_id: str, column: str) -> bool:
+        """Whether a column should be there, by the head as it stands now."""
+        current = await self.head(head.name)
+        if current is None or current.uid != head.uid:
+            return False
+        if column in _TABLE_COLUMNS:
+            return current.plan_id == plan_id and current.state in ("open", "sealed")
+        return plan_id.encode() in await cast(Any, self._redis.hvals(head.keys.epochs))
 
     # Losses
 

@@ -130,18 +130,59 @@ def test_a_missing_rank_is_named_when_the_wait_ends(client: evosample.Client, na
         next(run)
 
 
-def test_a_newer_run_takes_over_and_the_older_one_is_told(client: evosample.Client, name: str) -> None:
+def test_a_newer_run_takes_over_and_the_older_one_is_told(
+    server: ServerProcess, client: evosample.Client, name: str
+) -> None:
+    old = client.create_experiment(name, **SETTINGS).epochs()
+    batch = next(iter(next(old)))
+    with evosample.connect(server.address) as other_client:
+        new = other_client.get_experiment(name).epochs()
+        batch.report(np.ones(32))
+        with pytest.raises(evosample.SupersededError, match="another job has joined"):
+            old.flush()
+        for epoch in new:
+            for batch in epoch:
+                batch.report(np.ones(32))
+    assert client.get_experiment(name).status().state == "finished"
+
+
+def test_a_newer_run_of_the_same_client_loses_nothing_of_the_older_one(client: evosample.Client, name: str) -> None:
     experiment = client.create_experiment(name, **SETTINGS)
     old = experiment.epochs()
-    batch = next(iter(next(old)))
-    new = client.get_experiment(name).epochs()
-    batch.report(np.ones(32))
-    with pytest.raises(evosample.SupersededError, match="another job has joined"):
-        old.flush()
-    for epoch in new:
+    batches = iter(next(old))
+    for _ in range(5):
+        next(batches).report(np.ones(32))
+    left_over = next(batches)
+    for epoch in client.get_experiment(name).epochs(position=old.position):
         for batch in epoch:
             batch.report(np.ones(32))
-    assert experiment.status().state == "finished"
+    with pytest.raises(evosample.UsageError, match="a newer run as the same rank"):
+        left_over.report(np.ones(32))
+    assert experiment.status().unreported_rows == 0
+
+
+def test_a_closed_client_says_so_at_once(server: ServerProcess, name: str) -> None:
+    with evosample.connect(server.address) as client:
+        experiment = client.create_experiment(name, **SETTINGS)
+    for call in (experiment.export_scores, experiment.status, experiment.epochs):
+        with pytest.raises(evosample.UsageError, match="this client is closed"):
+            call()
+
+
+def test_a_private_server_that_was_killed_is_named(name: str) -> None:
+    with evosample.connect() as client:
+        client.create_experiment(name, **SETTINGS)
+        server = client._connection.server
+        assert server is not None
+        server._process.kill()
+        with pytest.raises(evosample.UnavailableError, match="the private server has ended"):
+            client.get_experiment(name)
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "host:99999", "host:x", 5])
+def test_an_address_that_cannot_be_one_is_refused(address: Any) -> None:
+    with pytest.raises(evosample.InvalidArgumentError, match="HOST:PORT"):
+        evosample.connect(address)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:

@@ -150,8 +150,10 @@ def test_a_random_subset_is_uniform_with_weights_of_exactly_one() -> None:
     assert subset.shape(1).num_steps == 2
     assert subset.shape(1).step_rows == subset.shape(1).trained_rows == 2
     visits = np.zeros(40)
+    scores = visited_scores(40)
+    scores.num_visits[:30] = 0  # most samples of a random subset have not been visited: they must not be preferred
     for seed in range(1000):
-        table = plan_epoch(dataclasses.replace(subset, seed=seed), 1, visited_scores(40))
+        table = plan_epoch(dataclasses.replace(subset, seed=seed), 1, scores)
         assert table.importance_weights is not None
         assert set(table.importance_weights.tolist()) == {1.0}
         visits[table.sample_ids] += 1

@@ -121,6 +121,7 @@ def test_a_password_does_not_show_in_errors() -> None:
         (["--max-samples", "many"], 2, "--max-samples='many'"),
         (["--frobnicate"], 2, "--frobnicate"),
         (["--redis-url", "http://x"], 1, "Expected redis://"),
+        (["--listen", "127.0.0.1:99999"], 2, "a port from 0 to 65535"),
     ],
 )
 def test_bad_options_are_explained(options: list[str], code: int, said: str) -> None:
@@ -135,6 +136,13 @@ def test_an_address_in_use_is_explained(start_server: Callable[..., ServerProces
     refused = run_server("--listen", server.address, "--data-dir", str(tmp_path / "other"))
     assert refused.returncode == 1
     assert f"can't listen on {server.address}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_server_whose_store_was_killed_ends_and_says_so(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    os.kill(server.store_pid, signal.SIGKILL)
+    assert server.process.wait(30) == 1
 
 
 def test_a_redis_of_ones_own_serves_as_well_and_is_left_running(start_server: Callable[..., ServerProcess]) -> None:

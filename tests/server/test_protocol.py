@@ -309,6 +309,20 @@ def test_what_an_older_run_or_an_older_process_of_a_rank_sends_is_refused(
     third.report(plan_id, np.ones(B))
 
 
+def test_a_restarted_rank_has_not_finished_what_its_earlier_process_had(
+    stub: pb_grpc.SelectionServiceStub, name: str
+) -> None:
+    earlier = Job(stub, name, world_size=2)
+    plan_id = earlier.stream(0)[0].plan_id
+    assert earlier.finish(0, plan_id).waiting_for_ranks == [1]
+    restarted = Job(stub, name, world_size=2)
+    joined = stub.JoinRun(pb.JoinRunRequest(ref=restarted.ref, run_id="run", rank=1, world_size=2))
+    other = pb.Member(ref=restarted.ref, generation=joined.generation, rank=1, claim=joined.claim)
+    finished = stub.FinishEpoch(pb.FinishEpochRequest(member=other, plan_id=plan_id))
+    assert finished.waiting_for_ranks == [0]
+    restarted.report(plan_id, np.ones(B // 2), num_steps=1)
+
+
 def test_a_thin_client_gets_the_choices_that_other_clients_draw_themselves(
     client: evosample.Client, stub: pb_grpc.SelectionServiceStub, name: str
 ) -> None:

@@ -18,7 +18,8 @@ class InvalidValue(ValueError):
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field}={value!r}: expected {expected}")
+        shown = repr(value)
+        super().__init__(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

@@ -39,8 +39,9 @@ class FoldCounts(NamedTuple):
 def keep_samples(spec: ExperimentSpec, epoch: int, scores: Scores) -> Draw:
     """The set level: which samples `epoch` keeps.
 
-    k = (1 - r) * n samples are drawn without replacement in proportion to the policy's prune weights. A sample without
-    a finite loss yet is kept before all others: at its starting score of 1/n it would hardly ever be drawn.
+    k = (1 - r) * n samples are drawn without replacement in proportion to the policy's prune weights. Where these come
+    from scores, a sample without a finite loss yet is kept before all others: at its starting score of 1/n it would
+    hardly ever be drawn.
 
     Returns:
         Draw of sample ids with their inclusion probabilities: 1 for what the rule above forces in.
@@ -50,7 +51,7 @@ def keep_samples(spec: ExperimentSpec, epoch: int, scores: Scores) -> Draw:
         return Draw(np.arange(k), np.ones(k))
     draws = exponentials(random_bits(spec.seed, Purpose.PRUNE, epoch, 0, 0, num_samples))
     weights = spec.policy.prune_weights(scores.sampling_weights)
-    forced = scores.num_visits == 0
+    forced = (scores.num_visits == 0) & spec.policy.keeps_unvisited
     num_forced = int(np.count_nonzero(forced))
     candidates = np.flatnonzero(forced if num_forced > k else ~forced)
     if num_forced > k:  # uniformly among the samples that are all owed a place

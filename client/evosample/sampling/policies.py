@@ -20,6 +20,9 @@ class Policy:
     # Where not, the mini-batch is drawn when the epoch is planned, and the rest of the meta-batch is never loaded.
     scores_meta_batch: ClassVar[bool] = False
 
+    # Whether samples without a loss are kept before all others: where weights decide, their starting ones never would.
+    keeps_unvisited: ClassVar[bool] = False
+
     # A policy that has no use for scores keeps ES's all the same: there is something to look at, and to start from.
     beta1: float = 0.2
     beta2: float = 0.9
@@ -64,6 +67,7 @@ class EvolvedSampling(Policy):
     """
 
     scores_meta_batch: ClassVar[bool] = True
+    keeps_unvisited: ClassVar[bool] = True
 
     beta1: float = 0.2
     beta2: float = cast(float, None)  # depends on prune_ratio

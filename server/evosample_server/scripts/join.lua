@@ -21,6 +21,9 @@ if h[6] == run_id then
     return {'position', h[8]}
   end
   redis.call('HSET', KEYS[2], rank, claim)
+  if h[3] == 'open' then
+    redis.call('SREM', KEYS[3], rank) -- what its earlier process had finished, this one begins again
+  end
   return {'joined', tonumber(h[5])}
 end
 
