@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evosample.errors import InvalidArgumentError
 from evosample.private_server import PrivateServer
 from evosample.rpc import Connection
-from evosample.run import Run
+from evosample.run import Run, as_invalid_argument
 from evosample.sampling import (
     EvolvedSampling,
     ExperimentSpec,
@@ -84,14 +84,14 @@ def connect(
             f"data_dir={os.fspath(data_dir)!r}: only a private server takes it; the one at {address} has its own",
             field="data_dir",
         )
-    if address is not None:
-        try:
-            check_address("address", address)
-        except InvalidValue as error:
-            raise InvalidArgumentError(str(error), field=error.field) from error
-    server = PrivateServer(data_dir) if address is None else None
+    server = None
+    if address is None:
+        server = PrivateServer(data_dir)
+        address = server.address
+    with as_invalid_argument():
+        check_address("address", address)
     connection = Connection(
-        address or server.address,  # type: ignore[union-attr]  # one of the two is there
+        address,
         connect_timeout_s=connect_timeout_s,
         outage_timeout_s=outage_timeout_s,
         server=server,
@@ -159,7 +159,7 @@ class Client:
             InvalidArgumentError: a value is out of range, an epoch could have no step, or no step would ever select.
             AlreadyExistsError: the name is taken by an experiment with another spec.
         """
-        try:
+        with as_invalid_argument():
             spec = ExperimentSpec(
                 num_samples=num_samples,
                 num_epochs=num_epochs,
@@ -170,8 +170,6 @@ class Client:
                 seed=seed,
             )
             request = pb.CreateExperimentRequest(ref=self._ref(name, project), spec=spec_to_proto(spec))
-        except InvalidValue as error:
-            raise InvalidArgumentError(str(error), field=error.field) from error
         return self._experiment(self._connection.call("CreateExperiment", request).experiment)
 
     def get_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> Experiment:
@@ -194,10 +192,8 @@ class Client:
         self._connection.call("DeleteExperiment", pb.DeleteExperimentRequest(ref=self._checked_ref(name, project)))
 
     def _checked_ref(self, name: str, project: str) -> pb.ExperimentRef:
-        try:
+        with as_invalid_argument():
             return self._ref(name, project)
-        except InvalidValue as error:
-            raise InvalidArgumentError(str(error), field=error.field) from error
 
     @staticmethod
     def _ref(name: str, project: str) -> pb.ExperimentRef:
@@ -228,10 +224,8 @@ class Experiment:
 
     def num_steps(self, epoch: int) -> int:
         """Steps of an epoch, 0 <= epoch < num_epochs."""
-        try:
+        with as_invalid_argument():
             return self.spec.shape(check_int("epoch", epoch, 0, self.spec.num_epochs - 1)).num_steps
-        except InvalidValue as error:
-            raise InvalidArgumentError(str(error), field=error.field) from error
 
     @property
     def total_steps(self) -> int:
@@ -278,14 +272,12 @@ class Experiment:
                     field="run_id",
                 )
             run_id = uuid.uuid4().hex
-        try:
+        with as_invalid_argument():
             world_size = self.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             check_name("run_id", run_id)
             check_int("read_ahead", read_ahead, 0, 2**31)
             start = None if position is None else _checked_position(position)
-        except InvalidValue as error:
-            raise InvalidArgumentError(str(error), field=error.field) from error
         if self._connection.server is not None and world_size != 1:
             _log.warning("a private server is out of reach for other processes: is every rank in this one?")
         request = pb.JoinRunRequest(ref=self._ref, run_id=run_id, rank=rank, world_size=world_size)
@@ -320,10 +312,8 @@ class Experiment:
             FailedPreconditionError: the epoch's scores are no longer retained.
         """
         if epoch is not None:
-            try:
+            with as_invalid_argument():
                 check_int("epoch", epoch, 0, self.spec.num_epochs)
-            except InvalidValue as error:
-                raise InvalidArgumentError(str(error), field=error.field) from error
         self._flush()
         request = pb.ExportScoresRequest(ref=self._ref, epoch=epoch)
         parts = self._connection.collect("ExportScores", request)

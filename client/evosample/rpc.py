@@ -98,7 +98,6 @@ class Connection:
             except grpc.RpcError as error:
                 retry(error)
             else:
-                self._has_answered = True
                 return result
         raise AssertionError("retries end by raising")
 
@@ -106,10 +105,11 @@ class Connection:
         """Bound the first contact by a quick call: the real one may rightly take long, such as planning an epoch."""
         self.stub()
         assert self._channel is not None
+        # an empty request is all it takes
         check: grpc.UnaryUnaryMultiCallable[None, bytes] = self._channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             lambda _: b"",
-            bytes,  # an empty request is all it takes
+            bytes,
         )
         for retry in self.retries():
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -220,6 +221,15 @@ class Epoch:
         )
 
 
+@contextlib.contextmanager
+def as_invalid_argument() -> Iterator[None]:
+    """Raise what the checks of `evosample.sampling` find as evosample's own error."""
+    try:
+        yield
+    except InvalidValue as error:
+        raise InvalidArgumentError(str(error), field=error.field) from error
+
+
 def _as_losses(losses: Any, num_rows: int) -> NDArray[np.float32]:
     if hasattr(losses, "detach"):  # a tensor of PyTorch, which need not be installed
         losses = losses.detach().float().cpu().numpy()
@@ -234,10 +244,8 @@ def _as_losses(losses: Any, num_rows: int) -> NDArray[np.float32]:
             "to one sample",
             field="losses",
         )
-    try:
+    with as_invalid_argument():
         check_losses(values)
-    except InvalidValue as error:
-        raise InvalidArgumentError(str(error), field=error.field) from error
     return values
 
 

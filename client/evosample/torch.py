@@ -126,7 +126,9 @@ class Loader:
         self._device = None if device is None else torch.device(device)
         self._take = take
         self._read_ahead = read_ahead
-        self._member = {"rank": rank, "world_size": world_size, "run_id": run_id}
+        self._rank = rank
+        self._world_size = world_size
+        self._run_id = run_id
         self._run: Run | None = None
         self._position: Position | None = None
         self._epoch: Epoch | None = None
@@ -149,8 +151,8 @@ class Loader:
     @property
     def progress(self) -> float:
         """The share of the whole run's steps that are done, in [0, 1]: what a learning-rate schedule can go by."""
-        spec = self.experiment.spec
-        return (spec.num_steps_before(self.position.epoch) + self.position.step) / spec.total_steps
+        spec, position = self.experiment.spec, self.position
+        return (spec.num_steps_before(position.epoch) + position.step) / spec.total_steps
 
     @property
     def ends_step(self) -> bool:
@@ -239,9 +241,11 @@ class Loader:
         if self._epoch is not None and self._position != (self._epoch.number + 1, 0):  # it was broken off
             self._leave_run()
         if self._run is None:
-            self._run = self.experiment.epochs(position=self._position, **self._member)  # type: ignore[arg-type]
-            if self._member["world_size"] == 1:
-                self._member["run_id"] = None  # whatever follows, such as going on after a break, is another run
+            self._run = self.experiment.epochs(
+                rank=self._rank, world_size=self._world_size, run_id=self._run_id, position=self._position
+            )
+            if self._world_size == 1:
+                self._run_id = None  # whatever follows, such as going on after a break, is another run
         epoch = next(self._run, None)
         if epoch is None:
             raise UsageError(

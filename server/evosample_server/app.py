@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -77,11 +78,11 @@ async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | N
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     address = _bind(server, settings.listen)
     async with asyncio.TaskGroup() as tasks:
-        if settings.parent_pid is not None:
-            tasks.create_task(_stop_with_parent(settings.parent_pid, stopping))
+        if settings.parent_pid is not None:  # watched by pid: a parent-death signal would fire when its thread ends
+            tasks.create_task(_stop_when(lambda: os.getppid() != settings.parent_pid, stopping))
         experiments = Experiments(store, Planner(store, tasks), max_samples=settings.max_samples)
-        if embedded is not None:
-            tasks.create_task(_stop_with_store(embedded, stopping))
+        if embedded is not None:  # whoever supervises the server starts both anew
+            tasks.create_task(_stop_when(lambda: not embedded.is_running, stopping))
         selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -139,17 +140,9 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-async def _stop_with_store(embedded: EmbeddedStore, stopping: asyncio.Event) -> None:
-    """Stop when the store has ended: whoever supervises the server then starts both anew."""
+async def _stop_when(has_ended: Callable[[], bool], stopping: asyncio.Event) -> None:
+    """Stop once something that the server can't be without has ended, however it did."""
     while not stopping.is_set():
-        if not embedded.is_running:
-            stopping.set()
-        await asyncio.sleep(0.2)
-
-
-async def _stop_with_parent(parent_pid: int, stopping: asyncio.Event) -> None:
-    """Stop once the parent has ended, however it did. (A parent-death signal would fire when its thread ends.)"""
-    while not stopping.is_set():
-        if os.getppid() != parent_pid:
+        if has_ended():
             stopping.set()
         await asyncio.sleep(0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, cast, get_args
 
 from evosample.sampling.checks import InvalidValue, check_int
@@ -15,6 +16,11 @@ MAX_EPOCHS = 1_000_000
 MAX_META_BATCH_SIZE = 2**17
 
 ImportanceWeight = Literal["none", "unbiased", "self_normalized"]
+
+
+@lru_cache(maxsize=1024)  # schedules ask at every step, and a run may have very many epochs
+def _num_annealing_before(policy: Policy, num_epochs: int, epoch: int) -> int:
+    return sum(policy.is_annealing(earlier, num_epochs) for earlier in range(epoch))
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class ExperimentSpec:
     @property
     def num_annealing_epochs(self) -> int:
         """How many of the epochs are annealing."""
-        return sum(self.policy.is_annealing(epoch, self.num_epochs) for epoch in range(self.num_epochs))
+        return _num_annealing_before(self.policy, self.num_epochs, self.num_epochs)
 
     def shape(self, epoch: int) -> EpochShape:
         """The sizes of `epoch`, 0 <= epoch < num_epochs."""
@@ -145,7 +151,7 @@ class ExperimentSpec:
 
     def num_steps_before(self, epoch: int) -> int:
         """Steps of the epochs before `epoch`, 0 <= epoch <= num_epochs."""
-        num_annealing = sum(self.policy.is_annealing(e, self.num_epochs) for e in range(epoch))
+        num_annealing = _num_annealing_before(self.policy, self.num_epochs, epoch)
         full = self.num_samples // self.meta_batch_size
         return num_annealing * full + (epoch - num_annealing) * (self._num_kept // self.meta_batch_size)
 
