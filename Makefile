@@ -3,10 +3,10 @@ BIN := .venv/bin
 GENERATED := client/evosample/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docker-test check format generate clean
+.PHONY: help demo test soak fuzz bench-recovery docker-test check format generate clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
@@ -24,6 +24,15 @@ demo: .venv/installed .venv/mnist ## Train a small CNN on MNIST five ways throug
 
 test: check .venv/mnist ## Run all checks and all tests.
 	$(BIN)/pytest -n 2
+
+soak: .venv/installed ## Train 20 experiments for ten minutes while servers and store are killed; see docs/reliability.md.
+	$(BIN)/python tests/faults/soak.py --minutes 10
+
+fuzz: .venv/installed ## Send a server 200,000 malformed requests.
+	$(BIN)/python tests/faults/fuzz.py --requests 200000
+
+bench-recovery: .venv/installed ## Measure how soon a killed server answers again, at a million samples.
+	$(BIN)/python benchmarks/recovery.py
 
 docker-test: .venv/installed ## Build and run docker/ for real, and check that scores outlive its containers.
 	docker/test.sh
@@ -48,4 +57,4 @@ protoc = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I p
   --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/evosample/v1/selection.proto
 
 clean: ## Remove the environment and everything that was made.
-	rm -rf .venv demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-report soak-report.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,23 +10,26 @@ with evosample.connect() as client:
 """
 
 from evosample.client import Client, Experiment, ExportedScores, connect
+from evosample.epoch import Batch, Epoch
 from evosample.errors import (
     AlreadyExistsError,
     DataLossError,
     EpochClosedError,
+    EpochNotRetainedError,
     EvosampleError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
+    StoreBehindError,
     SupersededError,
     UnavailableError,
     UnimplementedError,
     UsageError,
     WaitTimeoutError,
 )
-from evosample.run import Batch, Epoch, Run
+from evosample.run import Run
 from evosample.sampling import (
     EvolvedSampling,
     ExperimentSpec,
@@ -47,6 +50,7 @@ __all__ = [
     "DataLossError",
     "Epoch",
     "EpochClosedError",
+    "EpochNotRetainedError",
     "EvolvedSampling",
     "EvosampleError",
     "Experiment",
@@ -64,6 +68,7 @@ __all__ = [
     "RandomSubset",
     "ResourceExhaustedError",
     "Run",
+    "StoreBehindError",
     "SupersededError",
     "UnavailableError",
     "Uniform",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,9 @@ _app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_Address = Annotated[str, typer.Option(envvar="EVOSAMPLE_ADDRESS", help="The server: HOST:PORT or unix:/PATH.")]
+_Address = Annotated[
+    str, typer.Option(envvar="EVOSAMPLE_ADDRESS", help="The server: HOST:PORT or unix:/PATH; or several, with commas.")
+]
 _Project = Annotated[str, typer.Option(envvar="EVOSAMPLE_PROJECT", help="The project that the experiment belongs to.")]
 _Name = Annotated[str, typer.Argument(help="The experiment's name.")]
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -79,7 +82,10 @@ def _shown(status: ExperimentStatus) -> dict[str, str]:
         f"{status.unreported_rows:,} not reported",
     }
     if status.state == "open" and status.generation:
-        shown["ranks still in this epoch"] = ", ".join(map(str, missing))
+        shown["ranks still in this epoch"] = _listed(missing)
+    shown["can go back to epochs"] = ", ".join(map(str, status.retained_epochs))
+    if status.pins:
+        shown["pins"] = ", ".join(f"{pin}: epoch {epoch}" for pin, epoch in status.pins.items())
     return shown
 
 
@@ -99,6 +105,51 @@ def export(
     except OSError as error:
         raise EvosampleError(f"can't write {output}: {error.strerror}") from error
     typer.echo(f"{output}: scores of {len(exported.scores):,} samples at the start of epoch {exported.epoch}")
+
+
+@_app.command("import")
+def import_scores(
+    name: _Name,
+    file: Annotated[Path, typer.Argument(help="An .npz file as `evosample export` writes it; scores suffices.")],
+    address: _Address = _DEFAULT_ADDRESS,
+    project: _Project = DEFAULT_PROJECT,
+) -> None:
+    """Start an experiment from the scores in a NumPy file, before its first run joins."""
+    try:
+        with np.load(file) as columns:
+            found = {
+                field: columns[field] for field in ("scores", "sampling_weights", "num_visits") if field in columns
+            }
+    except (OSError, ValueError) as error:
+        raise EvosampleError(f"can't read {file}: {error}") from error
+    if "scores" not in found:
+        raise EvosampleError(f"{file} has no array `scores`: expected what `evosample export` writes")
+    with _connect(address) as client:
+        client.get_experiment(name, project=project).import_scores(found.pop("scores"), **found)
+    typer.echo(f"{project}/{name} starts from the scores in {file}")
+
+
+@_app.command()
+def finish_epoch(
+    name: _Name,
+    address: _Address = _DEFAULT_ADDRESS,
+    project: _Project = DEFAULT_PROJECT,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """End the current epoch without the ranks that have yet to finish it. What they have reported counts."""
+    with _connect(address) as client:
+        experiment = client.get_experiment(name, project=project)
+        status = experiment.status()
+        missing = sorted(set(range(status.world_size)) - set(status.finished_ranks))
+        if not yes:
+            question = f"End epoch {status.epoch} of {project}/{name} without the ranks {_listed(missing)}?"
+            typer.confirm(question, abort=True)
+        skipped = experiment.force_finish(status.epoch)
+    typer.echo(f"epoch {status.epoch} of {project}/{name} has ended without the ranks {_listed(skipped)}")
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks)) or "(none is missing)"
 
 
 @_app.command()

@@ -7,17 +7,18 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from evosample.errors import InvalidArgumentError
+from evosample.epoch import as_invalid_argument
+from evosample.errors import InvalidArgumentError, NotFoundError
 from evosample.private_server import PrivateServer
 from evosample.rpc import Connection
-from evosample.run import Run, as_invalid_argument
+from evosample.run import OnUnavailable, Run
 from evosample.sampling import (
     EvolvedSampling,
     ExperimentSpec,
@@ -35,12 +36,15 @@ from evosample.wire import (
     Position,
     check_address,
     column,
+    column_bytes,
     ref_to_proto,
     spec_to_proto,
     status_from_proto,
 )
 
 _log = logging.getLogger("evosample")
+
+_IMPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
 
 
 class ExportedScores(NamedTuple):
@@ -60,7 +64,7 @@ class ExportedScores(NamedTuple):
 
 
 def connect(
-    address: str | None = None,
+    address: str | Sequence[str] | None = None,
     *,
     data_dir: str | os.PathLike[str] | None = None,
     connect_timeout_s: float = 10.0,
@@ -69,11 +73,13 @@ def connect(
     """Connect to a selection server or, without an address, start a private one that ends with this process.
 
     Args:
-        address: HOST:PORT or unix:/PATH of a running `evosample-server`. The connection opens with the first call.
+        address: HOST:PORT or unix:/PATH of a running `evosample-server`; or several of them on one Redis, in a list or
+            separated by commas; or a name that stands for several. When one fails, calls go to another. The connection
+            opens with the first call.
         data_dir: where a private server keeps its scores, for jobs that are resumed. Default: nowhere for long.
         connect_timeout_s: how long the first call tries to reach a server.
-        outage_timeout_s: how long later calls put up with an absent server; training goes on meanwhile with what was
-            fetched ahead.
+        outage_timeout_s: how long later calls wait for an absent server. Training goes on meanwhile, for any time, with
+            what was fetched ahead: only at an epoch's end it has to wait.
 
     Raises:
         UnavailableError: the private server could not be started.
@@ -89,9 +95,13 @@ def connect(
         server = PrivateServer(data_dir)
         address = server.address
     with as_invalid_argument():
-        check_address("address", address)
+        addresses = tuple(address if isinstance(address, (list, tuple)) else str(address).split(","))
+        if not addresses:
+            raise InvalidValue("address", address, "at least one HOST:PORT")
+        for each in addresses:
+            check_address("address", each)
     connection = Connection(
-        address,
+        addresses,
         connect_timeout_s=connect_timeout_s,
         outage_timeout_s=outage_timeout_s,
         server=server,
@@ -126,8 +136,8 @@ class Client:
 
     @property
     def address(self) -> str:
-        """Where the server is."""
-        return self._connection.address
+        """Where the server is, or the servers are, separated by commas: what `connect` takes."""
+        return ",".join(self._connection.addresses)
 
     def create_experiment(
         self,
@@ -140,6 +150,7 @@ class Client:
         policy: Policy | None = None,
         importance_weight: ImportanceWeight = "none",
         seed: int = 0,
+        initial_scores: ExportedScores | None = None,
         project: str = DEFAULT_PROJECT,
     ) -> Experiment:
         """Create an experiment, or find the one of this name if its spec is equal.
@@ -153,6 +164,8 @@ class Client:
             policy: the selection method. Default: ES.
             importance_weight: "none", "unbiased" or "self_normalized"; see `ExperimentSpec`.
             seed: of all random draws, 0 <= seed < 2**64.
+            initial_scores: what to start from, such as an earlier experiment's `export_scores()`: the first epoch then
+                selects as well. An experiment that has begun to train keeps the scores that it has.
             project: what the experiment belongs to.
 
         Raises:
@@ -168,9 +181,18 @@ class Client:
                 policy=EvolvedSampling() if policy is None else policy,
                 importance_weight=importance_weight,
                 seed=seed,
+                warm_start=initial_scores is not None,
             )
             request = pb.CreateExperimentRequest(ref=self._ref(name, project), spec=spec_to_proto(spec))
-        return self._experiment(self._connection.call("CreateExperiment", request).experiment)
+        created = self._connection.call("CreateExperiment", request).experiment
+        experiment = self._experiment(created)
+        if initial_scores is not None and not created.generation:
+            experiment.import_scores(
+                initial_scores.scores,
+                sampling_weights=initial_scores.sampling_weights,
+                num_visits=initial_scores.num_visits,
+            )
+        return experiment
 
     def get_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> Experiment:
         """Find an experiment by name; raises NotFoundError."""
@@ -189,7 +211,10 @@ class Client:
 
     def delete_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> None:
         """Delete an experiment with its scores; raises NotFoundError."""
-        self._connection.call("DeleteExperiment", pb.DeleteExperimentRequest(ref=self._checked_ref(name, project)))
+        found = self.get_experiment(name, project=project)
+        request = pb.DeleteExperimentRequest(ref=found.ref)  # with its uid: sent twice it deletes no other of the name
+        with contextlib.suppress(NotFoundError):  # the first answer got lost
+            self._connection.call("DeleteExperiment", request)
 
     def _checked_ref(self, name: str, project: str) -> pb.ExperimentRef:
         with as_invalid_argument():
@@ -236,7 +261,7 @@ class Experiment:
         """Where the experiment stands now, with everything that this process has handed over."""
         self._flush()
         return status_from_proto(
-            self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self._ref)).experiment
+            self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self.ref)).experiment
         )
 
     def epochs(
@@ -248,6 +273,9 @@ class Experiment:
         position: tuple[int, int] | None = None,
         read_ahead: int = 0,
         wait_timeout_s: float = 1800.0,
+        straggler_timeout_s: float | None = None,
+        on_unavailable: OnUnavailable = "error",
+        on_missing_epoch: Literal["error", "current"] = "error",
     ) -> Run:
         """Join a run of the experiment, and go through its epochs from `position`.
 
@@ -258,11 +286,18 @@ class Experiment:
             position: (epoch, step) from which to go on, such as an earlier run's `position`. Default: the start of
                 the current epoch.
             read_ahead: batches that may be taken before the losses of the one that is due are handed over.
-            wait_timeout_s: how long to wait for other ranks at an epoch's end.
+            wait_timeout_s: how long to wait for other ranks at an epoch's end; then WaitTimeoutError names them.
+            straggler_timeout_s: how long after the first rank has finished an epoch the others are waited for; then it
+                ends without them, and they go on with the next one. Default: as long as it takes.
+            on_unavailable: what to do when no server has answered for `outage_timeout_s` and ids have run out: raise an
+                "error", or go on with epochs drawn "uniform"ly until one answers. Those report no losses.
+            on_missing_epoch: what to do when the epoch of `position` is not retained: raise an "error", or go on at the
+                start of the "current" epoch.
 
         Raises:
             InvalidArgumentError: a value is out of range, or differs from the other ranks'.
-            FailedPreconditionError: the position is not retained or not reached yet, or the experiment has finished.
+            EpochNotRetainedError: the position is not retained, or not reached yet.
+            FailedPreconditionError: the experiment has finished.
         """
         if run_id is None:
             if world_size != 1:
@@ -277,10 +312,22 @@ class Experiment:
             check_int("rank", rank, 0, world_size - 1)
             check_name("run_id", run_id)
             check_int("read_ahead", read_ahead, 0, 2**31)
+            _check_choice("on_unavailable", on_unavailable, OnUnavailable)
+            _check_choice("on_missing_epoch", on_missing_epoch, Literal["error", "current"])
+            if straggler_timeout_s is not None and not 0.001 <= straggler_timeout_s <= 2**30:
+                raise InvalidValue("straggler_timeout_s", straggler_timeout_s, "seconds, at least 0.001; or None")
             start = None if position is None else _checked_position(position)
         if self._connection.server is not None and world_size != 1:
             _log.warning("a private server is out of reach for other processes: is every rank in this one?")
-        request = pb.JoinRunRequest(ref=self._ref, run_id=run_id, rank=rank, world_size=world_size)
+        request = pb.JoinRunRequest(
+            ref=self.ref,
+            run_id=run_id,
+            rank=rank,
+            world_size=world_size,
+            current_if_not_retained=on_missing_epoch == "current",
+            straggler_timeout_ms=None if straggler_timeout_s is None else round(1000 * straggler_timeout_s),
+            process_id=uuid.uuid4().hex,
+        )
         if start is not None:
             request.position.CopyFrom(pb.Position(epoch=start.epoch, step=start.step))
         # This run takes over from one of this process: what that one has yet to report belongs before the new position.
@@ -290,17 +337,17 @@ class Experiment:
         joined = self._connection.call("JoinRun", request)
         for run in predecessors:
             run.close()
-        start = Position(joined.position.epoch, joined.position.step)
-        if position is None and start.epoch:
-            _log.warning("experiment %s goes on at epoch %d of %d", self.name, start.epoch, self.spec.num_epochs)
+        at = Position(joined.position.epoch, joined.position.step)
+        if at.epoch and (start is None or at.epoch < start.epoch - 1 or at.epoch > start.epoch + 1):
+            _log.warning("experiment %s goes on at epoch %d of %d", self.name, at.epoch, self.spec.num_epochs)
         run = Run(
             self._connection,
             self.spec,
-            pb.Member(ref=self._ref, generation=joined.generation, rank=rank, claim=joined.claim),
-            start,
-            world_size=world_size,
+            request,
+            joined,
             read_ahead=read_ahead,
             wait_timeout_s=wait_timeout_s,
+            on_unavailable=on_unavailable,
         )
         self._runs.add(run)
         return run
@@ -315,7 +362,7 @@ class Experiment:
             with as_invalid_argument():
                 check_int("epoch", epoch, 0, self.spec.num_epochs)
         self._flush()
-        request = pb.ExportScoresRequest(ref=self._ref, epoch=epoch)
+        request = pb.ExportScoresRequest(ref=self.ref, epoch=epoch)
         parts = self._connection.collect("ExportScores", request)
         return ExportedScores(
             parts[0].epoch,
@@ -323,6 +370,90 @@ class Experiment:
             np.concatenate([column(part.sampling_weights, np.float32) for part in parts]),
             np.concatenate([column(part.num_visits, np.uint32) for part in parts]),
         )
+
+    def import_scores(
+        self,
+        scores: ArrayLike,
+        *,
+        sampling_weights: ArrayLike | None = None,
+        num_visits: ArrayLike | None = None,
+    ) -> None:
+        """Start from known scores instead of 1/n each, before the first run joins. All of them are taken, or none.
+
+        Args:
+            scores: float32 [num_samples], s, finite and >= 0.
+            sampling_weights: float32 [num_samples], w, finite and >= 0. Default: the scores.
+            num_visits: uint32 [num_samples], losses behind each score. Samples with 0 are visited before all others.
+                Default: 1 each.
+
+        Raises:
+            InvalidArgumentError: another number of samples, or values out of range.
+            FailedPreconditionError: a run has joined.
+        """
+        weights = scores if sampling_weights is None else sampling_weights
+        visits = np.ones(self.spec.num_samples) if num_visits is None else num_visits
+        columns = [
+            self._checked_column(field, values, dtype)
+            for field, values, dtype in (
+                ("scores", scores, np.float32),
+                ("sampling_weights", weights, np.float32),
+                ("num_visits", visits, np.uint32),
+            )
+        ]
+
+        def requests() -> Iterator[pb.ImportScoresRequest]:
+            for first in range(0, self.spec.num_samples, _IMPORT_ROWS):
+                rows = (column_bytes(values[first : first + _IMPORT_ROWS]) for values in columns)
+                message = pb.ImportScoresRequest(
+                    first_sample=first, scores=next(rows), sampling_weights=next(rows), num_visits=next(rows)
+                )
+                if not first:
+                    message.ref.CopyFrom(self.ref)
+                    message.num_samples = self.spec.num_samples
+                yield message
+
+        self._connection.send("ImportScores", requests)
+
+    def _checked_column(self, field: str, values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+        found = np.asarray(values)
+        if found.shape != (self.spec.num_samples,) or found.dtype.kind not in "iuf":
+            raise InvalidArgumentError(
+                f"{field}: expected numbers of shape ({self.spec.num_samples},), one a sample of the experiment; got "
+                f"{found.dtype} of shape {found.shape}",
+                field=field,
+            )
+        return found.astype(dtype)
+
+    def pin_epoch(self, name: str, epoch: int) -> None:
+        """Keep an epoch's scores and losses under a name, so that a run can go back to it for longer than to others.
+
+        Pin the epoch of a checkpoint under its name. A name keeps one epoch: what it kept before is let go.
+
+        Raises:
+            EpochNotRetainedError: the epoch is not there any more, or not yet.
+            ResourceExhaustedError: there are 16 other names.
+        """
+        with as_invalid_argument():
+            request = pb.PinEpochRequest(
+                ref=self.ref, pin=check_name("name", name), epoch=check_int("epoch", epoch, 0, self.spec.num_epochs)
+            )
+        self._connection.call("PinEpoch", request)
+
+    def unpin_epoch(self, name: str) -> None:
+        """Let go of what a name keeps; nothing happens if it keeps nothing."""
+        with as_invalid_argument():
+            request = pb.PinEpochRequest(ref=self.ref, pin=check_name("name", name))
+        self._connection.call("PinEpoch", request)
+
+    def force_finish(self, epoch: int) -> tuple[int, ...]:
+        """End an epoch without the ranks that have not finished it, and return these (at most 100).
+
+        What they have reported counts; they go on with the next epoch. Nothing happens if it has ended already.
+        """
+        with as_invalid_argument():
+            check_int("epoch", epoch, 0, self.spec.num_epochs - 1)
+        request = pb.ForceFinishEpochRequest(ref=self.ref, epoch=epoch)
+        return tuple(self._connection.call("ForceFinishEpoch", request).skipped_ranks)
 
     def _active_runs(self) -> list[Run]:
         """This client's runs of the experiment that may still report."""
@@ -333,8 +464,14 @@ class Experiment:
             run.flush()
 
     @property
-    def _ref(self) -> pb.ExperimentRef:
+    def ref(self) -> pb.ExperimentRef:
+        """Its name and uid as a message."""
         return ref_to_proto(ExperimentName(self.project, self.name), self.uid)
+
+
+def _check_choice(field: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise InvalidValue(field, value, f"one of {', '.join(map(repr, get_args(choices)))}")
 
 
 def _checked_position(position: tuple[int, int]) -> Position:

@@ -5,7 +5,9 @@ EvosampleError
 |-- NotFoundError (also LookupError)         no such experiment, or it was deleted
 |-- AlreadyExistsError                       another spec under the same name
 |-- FailedPreconditionError                  not in this state: a position no longer kept, a finished experiment
-|   `-- EpochClosedError                     losses for an epoch that is over
+|   |-- EpochClosedError                     losses for an epoch that is over
+|   |-- EpochNotRetainedError                the epoch of a position is not kept any more, or not reached yet
+|   `-- StoreBehindError                     the store has lost what it had acknowledged: join again, send again
 |-- SupersededError                          a newer run, or a newer process of this rank, has taken over
 |-- ResourceExhaustedError                   over a bound: which, and how to raise it
 |-- DataLossError                            the store has lost or damaged data
@@ -73,6 +75,18 @@ class EpochClosedError(FailedPreconditionError):
     """The epoch is over: it takes no more losses."""
 
     reason: ClassVar[str] = "EPOCH_CLOSED"
+
+
+class EpochNotRetainedError(FailedPreconditionError):
+    """What an epoch left is not there: it is no longer retained, or not reached yet."""
+
+    reason: ClassVar[str] = "EPOCH_NOT_RETAINED"
+
+
+class StoreBehindError(FailedPreconditionError):
+    """The store has lost what it had acknowledged, as after a fail-over. A living run sends it again by itself."""
+
+    reason: ClassVar[str] = "STORE_BEHIND"
 
 
 class SupersededError(EvosampleError):

@@ -1,12 +1,13 @@
-"""Calls to a server: a channel for each process, retries, and the server's errors as evosample's."""
+"""Calls to servers: a channel for each address and process, retries, and the servers' errors as evosample's."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -16,77 +17,109 @@ from evosample.errors import EvosampleError
 from evosample.private_server import PrivateServer
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 
+_log = logging.getLogger("evosample")
+
 _FIRST_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
+_LOG_AFTER_S = 2.0
+_LOG_INTERVAL_S = 30.0
 _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.keepalive_time_ms", 20_000),
+    # A server that is frozen, or gone without a word, is found out after 20 s.
+    ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),  # channels of one process don't share their back-off
+    # A name may stand for many servers: calls go to all of them in turn.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 ]
 
 
 class Connection:
-    """Where a server is, and how long to put up with its absence. Pickling keeps just that.
+    """Where servers are, and how long to put up with their absence. Pickling keeps just that.
+
+    Calls go to one address, chosen at random so that many clients spread over all, until that one fails; then to the
+    next. Which server answers does not matter: servers hold no state.
 
     Args:
-        address: HOST:PORT or unix:/PATH.
+        addresses: HOST:PORT or unix:/PATH each.
         connect_timeout_s: how long the first call tries to reach a server.
         outage_timeout_s: how long later calls try, after a server has once answered.
-        server: the private server at that address, which lives as long as a connection to it is in use.
+        server: the private server at the only address.
     """
 
     def __init__(
         self,
-        address: str,
+        addresses: tuple[str, ...],
         *,
         connect_timeout_s: float,
         outage_timeout_s: float,
         server: PrivateServer | None = None,
     ) -> None:
-        self.address = address
+        self.addresses = addresses
         self.server = server
         self.outage_timeout_s = outage_timeout_s
         self._connect_timeout_s = connect_timeout_s
+        self._current = random.randrange(len(addresses))  # noqa: S311  # for balance
         self._has_answered = False
         self._is_closed = False
-        self._channel: grpc.Channel | None = None
-        self._stub: pb_grpc.SelectionServiceStub | None = None
+        self._channels: dict[str, tuple[grpc.Channel, pb_grpc.SelectionServiceStub]] = {}
         self._pid = 0
+        self._lock = threading.Lock()
+        self._failing_since_s: float | None = None
+        self._last_log_s = 0.0
+        self._last_failure: EvosampleError | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _connection, (self.address, self._connect_timeout_s, self.outage_timeout_s)
+        return _connection, (self.addresses, self._connect_timeout_s, self.outage_timeout_s)
 
     def stub(self) -> pb_grpc.SelectionServiceStub:
-        """The stub of this process: gRPC's handles must not cross a fork. Raises UsageError once closed."""
+        """The stub of this process for the address in use. Raises UsageError once closed."""
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[grpc.Channel, pb_grpc.SelectionServiceStub]:
         if self._is_closed:
             raise errors.UsageError("this client is closed: use it inside its `with` block, or connect anew")
-        if self._stub is None or self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._channel = grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
-            self._stub = pb_grpc.SelectionServiceStub(self._channel)
-        return self._stub
+        with self._lock:
+            if self._pid != os.getpid():  # gRPC's handles must not cross a fork
+                self._pid, self._channels = os.getpid(), {}
+            address = self.addresses[self._current]
+            if address not in self._channels:
+                channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                self._channels[address] = channel, pb_grpc.SelectionServiceStub(channel)
+            return self._channels[address]
 
     def close(self) -> None:
-        """Close this process's channel, and a private server."""
+        """Close this process's channels, and a private server."""
         self._is_closed = True
-        if self._channel is not None and self._pid == os.getpid():
-            self._channel.close()
-        self._channel = self._stub = None
+        if self._pid == os.getpid():
+            for channel, _ in self._channels.values():
+                channel.close()
+        self._channels = {}
         if self.server is not None:
             self.server.close()
 
     def call(self, method: str, request: Any, *, give_up: threading.Event | None = None) -> Any:
-        """A unary call, retried while the server is unavailable and nobody gives up; raises EvosampleError."""
+        """A unary call, retried while no server is available; raises EvosampleError.
+
+        It is retried for `outage_timeout_s`, or where the caller may give up for as long as it does not.
+        """
         return self._retried(lambda: getattr(self.stub(), method)(request, timeout=self.outage_timeout_s), give_up)
 
-    def collect(self, method: str, request: Any) -> list[Any]:
+    def collect(
+        self, method: str, request: Any, *, timeout_s: float | None = None, give_up: threading.Event | None = None
+    ) -> list[Any]:
         """All responses of a stream that soon ends, retried as a whole; raises EvosampleError."""
+        timeout_s = timeout_s or self.outage_timeout_s
         responses: list[Any] = self._retried(
-            lambda: list(getattr(self.stub(), method)(request, timeout=self.outage_timeout_s))
+            lambda: list(getattr(self.stub(), method)(request, timeout=timeout_s)), give_up
         )
         return responses
+
+    def send(self, method: str, requests: Callable[[], Iterable[Any]]) -> Any:
+        """A call that streams requests, retried as a whole; raises EvosampleError."""
+        return self._retried(lambda: getattr(self.stub(), method)(iter(requests()), timeout=self.outage_timeout_s))
 
     def _retried(self, attempt: Callable[[], Any], give_up: threading.Event | None = None) -> Any:
         """The result of an idempotent attempt, repeated while it fails with UNAVAILABLE."""
@@ -98,69 +131,101 @@ class Connection:
             except grpc.RpcError as error:
                 retry(error)
             else:
+                self.answered()
                 return result
         raise AssertionError("retries end by raising")
 
     def _reach_server(self) -> None:
         """Bound the first contact by a quick call: the real one may rightly take long, such as planning an epoch."""
-        self.stub()
-        assert self._channel is not None
-        # an empty request is all it takes
-        check: grpc.UnaryUnaryMultiCallable[None, bytes] = self._channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            lambda _: b"",
-            bytes,
-        )
+        timeout_s = self._connect_timeout_s / len(self.addresses)  # one that is frozen must not use up all of it
         for retry in self.retries():
+            # an empty request is all it takes
+            check: grpc.UnaryUnaryMultiCallable[None, bytes] = self._opened()[0].unary_unary(
+                "/grpc.health.v1.Health/Check", lambda _: b"", bytes
+            )
             try:
-                check(None, timeout=self._connect_timeout_s)
+                check(None, timeout=timeout_s)
             except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                    raise self._no_answer(self._connect_timeout_s) from error
                 retry(error)
             else:
                 self._has_answered = True
+                self.answered()
                 return
 
-    def _no_answer(self, timeout_s: float, cause: str = "") -> errors.UnavailableError:
+    def answered(self) -> None:
+        """Note that a server has answered: there is no outage, or no longer."""
+        if self._failing_since_s is None:
+            return
+        with self._lock:
+            if self._failing_since_s is not None and self._last_log_s > self._failing_since_s:
+                _log.warning(
+                    "a server answers again, after %.0f s: nothing is lost", time.monotonic() - self._failing_since_s
+                )
+            self._failing_since_s = None
+
+    def outage_s(self) -> float:
+        """For how long no server has answered; 0 if one did last."""
+        since_s = self._failing_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
+    def unavailable(self, timeout_s: float) -> errors.UnavailableError:
+        """What to raise when an outage has lasted too long."""
+        cause = f" (Last: {self._last_failure})" if self._last_failure is not None else ""
         return errors.UnavailableError(
-            f"no answer from a server at {self.address} within {timeout_s:g} s. Is it running, and is the address "
-            f"right? Start one with `evosample-server`.{cause and f' (Last: {cause})'}"
+            f"no answer from a server at {', '.join(self.addresses)} within {timeout_s:g} s. Is it running, and is the "
+            f"address right? Start one with `evosample-server`.{cause}"
         )
 
     def retries(self, give_up: threading.Event | None = None) -> Iterator[Callable[[grpc.RpcError], None]]:
         """For each attempt a function to call with its failure: it waits, or raises if there is no use in waiting.
 
-        Exponential back-off with full jitter, under one deadline for all attempts.
+        Exponential back-off with full jitter, under one deadline for all attempts; under none where somebody may give
+        up. Each failure moves on to the next address.
         """
         timeout_s = self.outage_timeout_s if self._has_answered else self._connect_timeout_s
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s if give_up is None else float("inf")
         delay_s = _FIRST_DELAY_S
-        give_up = give_up or threading.Event()
+        waiting = give_up or threading.Event()
 
         def retry(error: grpc.RpcError) -> None:
-            translated = self._translated(error, timeout_s)
+            failure = from_grpc(error)
+            is_away = isinstance(failure, errors.UnavailableError)
+            if not self._has_answered:
+                is_away = is_away or isinstance(failure, errors.WaitTimeoutError)
+            if not is_away:
+                raise failure from error
             if self.server is not None and not self.server.is_running:
                 raise errors.UnavailableError(f"the private server has ended: {self.server.said()}") from error
+            self._failed(failure, attempted)
             wait_s = random.uniform(0, delay_s)  # noqa: S311  # jitter
-            if not isinstance(translated, errors.UnavailableError) or time.monotonic() + wait_s > deadline_s:
-                raise translated from error
-            if give_up.wait(wait_s):
-                raise translated from error
+            if time.monotonic() + wait_s > deadline_s or waiting.wait(wait_s):
+                raise self.unavailable(timeout_s) from error
 
         while True:
+            attempted = self._current
             yield retry
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
 
-    def _translated(self, error: grpc.RpcError, timeout_s: float) -> EvosampleError:
-        translated = from_grpc(error)
-        if isinstance(translated, errors.UnavailableError):
-            return self._no_answer(timeout_s, str(translated))
-        return translated
+    def _failed(self, failure: EvosampleError, attempted: int) -> None:
+        """Note that a server was not available, and move on to the next address."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._last_failure = failure
+            if self._current == attempted:
+                self._current = (attempted + 1) % len(self.addresses)
+            if self._failing_since_s is None:
+                self._failing_since_s = now_s
+            outage_s = now_s - self._failing_since_s
+            is_first = self._last_log_s < self._failing_since_s
+            is_due = outage_s > _LOG_AFTER_S and (is_first or now_s - self._last_log_s > _LOG_INTERVAL_S)
+            if self._has_answered and is_due:
+                self._last_log_s = now_s
+                addresses = ", ".join(self.addresses)
+                _log.warning("no server at %s has answered for %.0f s, trying on: %s", addresses, outage_s, failure)
 
 
-def _connection(address: str, connect_timeout_s: float, outage_timeout_s: float) -> Connection:
-    return Connection(address, connect_timeout_s=connect_timeout_s, outage_timeout_s=outage_timeout_s)
+def _connection(addresses: tuple[str, ...], connect_timeout_s: float, outage_timeout_s: float) -> Connection:
+    return Connection(addresses, connect_timeout_s=connect_timeout_s, outage_timeout_s=outage_timeout_s)
 
 
 def from_grpc(error: grpc.RpcError) -> EvosampleError:

@@ -3,257 +3,73 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Literal, cast
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
+from evosample.epoch import Chunk, Epoch
 from evosample.errors import (
+    DataLossError,
+    EpochClosedError,
+    FailedPreconditionError,
     InternalError,
-    InvalidArgumentError,
+    StoreBehindError,
     SupersededError,
+    UnavailableError,
     UsageError,
     WaitTimeoutError,
 )
-from evosample.rpc import Connection
+from evosample.rpc import Connection, from_grpc
 from evosample.sampling import (
     ExperimentSpec,
-    InvalidValue,
-    MiniBatch,
-    check_losses,
+    RandomSubset,
+    Uniform,
     checksum,
-    recorded_losses,
+    initial_scores,
+    part,
+    plan_epoch,
     sample_id_dtype,
-    select_mini_batch,
 )
 from evosample.v1 import selection_pb2 as pb
 from evosample.wire import Position, column, column_bytes
 
 _log = logging.getLogger("evosample")
 
+OnUnavailable = Literal["error", "uniform"]
+
 _BUFFER_BYTES = 64 * 2**20
 _BUFFERED_ROW_BYTES = 16  # int64 id, float32 prior score, float32 importance weight
+_KEPT_BYTES = 64 * 2**20
 _REPORT_BYTES = 2**20
 _REPORT_INTERVAL_S = 0.2
+_CHECK_INTERVAL_S = 5.0
 _WAIT_LOG_INTERVAL_S = 10.0
+_STREAM_TIMEOUT_S = 60.0
+_TICK_S = 0.5
+_PATIENCE_S = 3.0  # for a server that may just have come back: longer than the pause between two attempts
 _CLOSE_TIMEOUT_S = 10.0
+_MAX_REJOINS = 10
+_MAX_REPORTS_AGAIN = 5
 _CLOSED = "the run is closed: its client was closed, or has begun a newer run as the same rank"
-
-
-class _Chunk(NamedTuple):
-    """Consecutive steps as they came: the columns are [num_steps, part rows of a step]."""
-
-    sample_ids: NDArray[np.int64]
-    prior_scores: NDArray[np.float32]
-    importance_weights: NDArray[np.float32] | None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(rows.nbytes for rows in self if rows is not None)
-
-
-class Batch:
-    """One step of a rank's part.
-
-    Attributes:
-        sample_ids: int64 [m], what to load.
-        epoch: from 0.
-        step: from 0, in the epoch.
-        selects: whether the losses of a scoring pass decide which rows are trained on. Where not, all of them are:
-            one ordinary forward and backward pass, whose losses are handed over.
-        progress: the share of the whole run's steps that came before this one, in [0, 1).
-    """
-
-    __slots__ = (
-        "_epoch",
-        "_prior_scores",
-        "_set_importance_weights",
-        "epoch",
-        "progress",
-        "sample_ids",
-        "selects",
-        "step",
-    )
-
-    def __init__(
-        self,
-        epoch: Epoch,
-        step: int,
-        sample_ids: NDArray[np.int64],
-        prior_scores: NDArray[np.float32],
-        set_importance_weights: NDArray[np.float32] | None,
-    ) -> None:
-        self.sample_ids = sample_ids
-        self.step = step
-        self.epoch = epoch.number
-        self.selects = epoch.selects
-        self.progress = epoch.progress(step)
-        self._epoch = epoch
-        self._prior_scores = prior_scores
-        self._set_importance_weights = set_importance_weights
-
-    def select(self, losses: Any) -> MiniBatch:
-        """Hand over the losses and draw the rows to back-propagate; where the step does not select: all of them.
-
-        Args:
-            losses: [m], one a sample and in their order, >= 0; an array or a tensor. Non-finite ones count as not
-                visited, and are chosen only to fill up.
-
-        Returns:
-            Positions in this batch (int64, ascending) and the importance weights that multiply their losses (float32).
-
-        Raises:
-            InvalidArgumentError: another shape, or a negative loss. Nothing was recorded.
-            UsageError: not this batch's turn. Nothing was recorded.
-        """
-        values = self._epoch.hand_over(self, losses)
-        return self._epoch.select(self, values)
-
-    def report(self, losses: Any) -> None:
-        """Hand over the losses without drawing. Arguments and errors as those of `select`."""
-        self._epoch.hand_over(self, losses)
-
-    def all(self) -> MiniBatch:
-        """The mini-batch of a step that does not select: every row, with its importance weight."""
-        if self.selects:
-            raise UsageError(f"step {self.step} of epoch {self.epoch} selects: draw its mini-batch with select(losses)")
-        return self._epoch.select(self, np.zeros(len(self.sample_ids), np.float32))
-
-    def draw_inputs(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Prior scores and set-level importance weights, float32 [m] each: what a draw takes besides the losses."""
-        return self._prior_scores, self._set_importance_weights
-
-
-class Epoch:
-    """One epoch of a rank's part; iterating it yields what is left of its batches.
-
-    Attributes:
-        number: from 0.
-        num_steps: steps of the epoch.
-        first_step: where this run entered the epoch: 0 unless it resumed in the middle.
-        selects: see `Batch`.
-    """
-
-    def __init__(self, run: Run, number: int, first_step: int, start: pb.EpochStart) -> None:
-        self.number = number
-        self.num_steps = start.num_steps
-        self.first_step = first_step
-        self.selects = start.trained_rows < start.step_rows
-        self.part_rows = start.step_rows // run.world_size
-        self.plan_id = start.plan_id
-        # NaN: not reported. Kept until the next epoch is there: what the store lost can be sent again.
-        self.losses = np.full((self.num_steps, self.part_rows), np.nan, np.float32)
-        self.num_consumed = first_step
-        self.num_reported = first_step
-        self.num_received = first_step
-        self.is_finished = False
-        self.chunks: deque[_Chunk] = deque()
-        self._run = run
-        self._num_yielded = first_step
-        self._steps_before = run.spec.num_steps_before(number)
-        self._total_steps = run.spec.total_steps
-        self._rows: Iterator[tuple[Any, ...]] = iter(())
-
-    def __len__(self) -> int:
-        """Steps of the epoch."""
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._num_yielded < self.num_steps:
-            if self._num_yielded - self.num_consumed > self._run.read_ahead:
-                raise UsageError(
-                    f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: call "
-                    "batch.select(losses) or batch.report(losses) for every batch before taking the next"
-                )
-            yield self.next_batch()
-
-    def next_batch(self) -> Batch:
-        """The next batch, whether or not the ones before had their losses handed over."""
-        step = self._num_yielded
-        rows = next(self._rows, None)
-        if rows is None:
-            chunk = self._run.next_chunk(self)
-            weights = [None] * len(chunk.sample_ids) if chunk.importance_weights is None else chunk.importance_weights
-            self._rows = zip(chunk.sample_ids, chunk.prior_scores, weights, strict=True)
-            rows = next(self._rows)
-        self._num_yielded += 1
-        return Batch(self, step, *rows)
-
-    def progress(self, step: int) -> float:
-        """The share of the whole run's steps that come before `step` of this epoch."""
-        return (self._steps_before + step) / self._total_steps
-
-    def hand_over(self, batch: Batch, losses: Any) -> NDArray[np.float32]:
-        """Take a batch's losses; see `Batch.select`."""
-        values = _as_losses(losses, self.part_rows)
-        if batch.step != self.num_consumed:
-            if batch.step < self.num_consumed:
-                raise UsageError(f"the losses of step {batch.step} of epoch {self.number} were handed over already")
-            raise UsageError(
-                f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: they come "
-                f"before those of step {batch.step}"
-            )
-        recorded, num_non_finite = recorded_losses(values)
-        self.losses[batch.step] = recorded
-        self._run.consumed(self, num_non_finite)
-        return values
-
-    def select(self, batch: Batch, losses: NDArray[np.float32]) -> MiniBatch:
-        """Draw a batch's mini-batch; see `Batch.select`."""
-        prior_scores, set_importance_weights = batch.draw_inputs()
-        return select_mini_batch(
-            self._run.spec,
-            epoch=self.number,
-            step=batch.step,
-            rank=self._run.rank,
-            world_size=self._run.world_size,
-            prior_scores=prior_scores,
-            losses=losses,
-            set_importance_weights=set_importance_weights,
-        )
-
-
-@contextlib.contextmanager
-def as_invalid_argument() -> Iterator[None]:
-    """Raise what the checks of `evosample.sampling` find as evosample's own error."""
-    try:
-        yield
-    except InvalidValue as error:
-        raise InvalidArgumentError(str(error), field=error.field) from error
-
-
-def _as_losses(losses: Any, num_rows: int) -> NDArray[np.float32]:
-    if hasattr(losses, "detach"):  # a tensor of PyTorch, which need not be installed
-        losses = losses.detach().float().cpu().numpy()
-    try:
-        values = np.asarray(losses, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"losses: expected {num_rows} numbers, got {losses!r}", field="losses") from error
-    if values.shape != (num_rows,):
-        raise InvalidArgumentError(
-            f"losses have shape {values.shape}, expected ({num_rows},): one loss a sample, in the order of "
-            'batch.sample_ids. Compute them without reduction (in PyTorch: reduction="none"), and average what belongs '
-            "to one sample",
-            field="losses",
-        )
-    with as_invalid_argument():
-        check_losses(values)
-    return values
 
 
 class Run:
     """One start of a training job, as one of its ranks: an iterator over the epochs that are left.
 
     Two threads work in the background: one fetches ids ahead, up to 64 MiB and into the next epoch; one reports losses,
-    many steps a message, and ends epochs. What fails there is raised by the next call here.
+    many steps a message, and ends epochs. They try on for as long as no server answers: only who waits for them gives
+    up at some time. What fails there is raised by the next call here.
+
+    If the store loses what it had acknowledged (a fail-over), the reporting thread joins again and sends again what is
+    kept: the losses of the current epoch, of the one before, and of earlier ones up to 64 MiB.
 
     Attributes:
         uid: of the experiment.
@@ -266,36 +82,42 @@ class Run:
         self,
         connection: Connection,
         spec: ExperimentSpec,
-        member: pb.Member,
-        position: Position,
+        join: pb.JoinRunRequest,
+        joined: pb.JoinRunResponse,
         *,
-        world_size: int,
         read_ahead: int,
         wait_timeout_s: float,
+        on_unavailable: OnUnavailable,
     ) -> None:
         self.spec = spec
-        self.uid = member.ref.uid
-        self.rank = member.rank
-        self.world_size = world_size
-        self.generation = member.generation
+        self.uid = join.ref.uid
+        self.rank = join.rank
+        self.world_size = join.world_size
         self.read_ahead = read_ahead
         self.num_non_finite = 0
         self._connection = connection
-        self._member = member
-        self._start = position
+        self._join = join
+        self._start = Position(joined.position.epoch, joined.position.step)
         self._wait_timeout_s = wait_timeout_s
+        self._on_unavailable = on_unavailable
         self._changed = threading.Condition()
+        self._became_member(joined)
         self._epochs: deque[Epoch] = deque()  # received, not yet taken
         self._current: Epoch | None = None
         self._reporting: Epoch | None = None  # the one whose losses go out, or went last
+        self._kept: dict[int, Epoch] = {}  # what can be sent again
+        self._uniform_stop = 0  # the epochs before it were begun on draws of our own, while no server answered
+        self._behind: FailedPreconditionError | None = None  # why the reporting thread is to join again
+        self._num_rejoins = 0
+        self._waiting_for: list[int] = []
         self._is_flushing = False
         self._has_ended = False
+        self._last_contact_s = time.monotonic()
         self._closing = threading.Event()
         self._pid = os.getpid()
         self._error: BaseException | None = None
-        self._call: Any = None
+        self._call: grpc.Call | None = None
         self._fetching: Epoch | None = None
-        self._outage: Iterator[Callable[[grpc.RpcError], None]] | None = None
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=f"evosample-{work.__name__}", daemon=True)
             for work in (self._fetch, self._report)
@@ -308,22 +130,46 @@ class Run:
         return self
 
     def __next__(self) -> Epoch:
-        """The next epoch, once it is planned; raises WaitTimeoutError if that takes too long."""
+        """The next epoch, once it is planned.
+
+        Raises:
+            WaitTimeoutError: that takes too long; names the ranks that it waits for.
+            UnavailableError: no server answers, and `on_unavailable` is "error".
+        """
         current = self._current
-        if current is not None and current.num_consumed < current.num_steps:
+        if current is not None and not current.is_complete:
             raise UsageError(
                 f"epoch {current.number} has {current.num_steps} steps, but only the losses of {current.num_consumed} "
                 "were handed over: go through all batches of an epoch before taking the next epoch"
             )
         while True:
-            with self._changed:
-                self._wait_for(lambda: bool(self._epochs) or self._has_ended)
-                if not self._epochs:
-                    atexit.unregister(self.close)  # nothing is left to report: who drops the run frees it
-                    raise StopIteration
-                self._current = self._epochs.popleft()
-            if self._current.first_step < self._current.num_steps:  # else it was resumed at its very end
-                return self._current
+            epoch = self._next_epoch()
+            if epoch is None:
+                atexit.unregister(self.close)  # nothing is left to report: who drops the run frees it
+                raise StopIteration
+            self._current = epoch
+            if epoch.first_step < epoch.num_steps:  # else it was resumed at its very end
+                return epoch
+
+    def _next_epoch(self) -> Epoch | None:
+        number = self._start.epoch if self._current is None else self._current.number + 1
+        with self._changed:
+            try:
+                self._wait_for(lambda: bool(self._epochs) or self._has_ended, f"for epoch {number}")
+            except UnavailableError:
+                if self._on_unavailable != "uniform":
+                    raise
+                if number == self.spec.num_epochs:
+                    _log.warning("the run ends without a server: losses of its last epochs are not reported")
+                    return None
+                self._uniform_stop = number + 1
+            else:
+                return self._epochs.popleft() if self._epochs else None
+        return self._uniform_epoch(number)
+
+    @property
+    def generation(self) -> int:
+        return self._member.generation
 
     @property
     def position(self) -> Position:
@@ -331,7 +177,7 @@ class Run:
         epoch = self._current
         if epoch is None:
             return self._start
-        if epoch.num_consumed == epoch.num_steps:
+        if epoch.is_complete:
             return Position(epoch.number + 1, 0)
         return Position(epoch.number, epoch.num_consumed)
 
@@ -342,18 +188,20 @@ class Run:
 
     def flush(self) -> None:
         """Return when all losses handed over so far are in the store: what is before `position` is safe then."""
-        self._flush(deadline_s=None)
+        self._flush(self._wait_timeout_s)
 
-    def _flush(self, *, deadline_s: float | None) -> None:
+    def _flush(self, timeout_s: float) -> None:
         epoch = self._current
-        if epoch is None or self._closing.is_set():
+        if epoch is None or epoch.is_uniform or self._closing.is_set():
             return
         with self._changed:
             self._is_flushing = True
             self._changed.notify_all()
-            num_consumed, is_last = epoch.num_consumed, epoch.num_consumed == epoch.num_steps
+            num_consumed, is_last = epoch.num_consumed, epoch.is_complete
             self._wait_for(
-                lambda: epoch.is_finished if is_last else epoch.num_reported >= num_consumed, deadline_s=deadline_s
+                lambda: epoch.is_finished or (not is_last and epoch.num_reported >= num_consumed),
+                "for the losses to be reported",
+                timeout_s,
             )
 
     def close(self) -> None:
@@ -362,10 +210,10 @@ class Run:
             return
         try:
             if self._error is None:
-                self._flush(deadline_s=time.monotonic() + _CLOSE_TIMEOUT_S)
+                self._flush(_CLOSE_TIMEOUT_S)
         except SupersededError as error:
             _log.info("closing a run that was superseded: %s", error)
-        except WaitTimeoutError:
+        except (WaitTimeoutError, UnavailableError):
             _log.warning("closing without an answer from the server: some losses of the last steps are not reported")
         finally:
             atexit.unregister(self.close)
@@ -380,22 +228,41 @@ class Run:
 
     # Between the caller and the threads
 
-    def _wait_for(self, condition: Callable[[], bool], *, deadline_s: float | None = None) -> None:
+    def _wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
         """Wait, holding the lock, until the condition holds; raises what failed in the background."""
+        timeout_s = self._wait_timeout_s if timeout_s is None else timeout_s
+        outage_timeout_s = min(timeout_s, self._connection.outage_timeout_s)
+        began_s = time.monotonic()
         while not condition():
             if self._error is not None:
                 raise self._error
             if self._closing.is_set():
                 raise UsageError(_CLOSED)
-            if not self._changed.wait(None if deadline_s is None else deadline_s - time.monotonic()):
-                raise WaitTimeoutError("the losses could not be reported in time")
+            waited_s, outage_s = time.monotonic() - began_s, self._connection.outage_s()
+            has_given_up = self._current is not None and self._current.is_uniform  # in this same outage
+            patience_s = min(_PATIENCE_S, outage_timeout_s) if has_given_up else outage_timeout_s
+            if outage_s >= outage_timeout_s and waited_s >= patience_s:
+                raise self._connection.unavailable(outage_timeout_s)
+            if waited_s >= timeout_s:
+                raise WaitTimeoutError(
+                    f"{what}: waited {timeout_s:g} s {_for_whom(self._waiting_for)}. Are all ranks running, with the "
+                    "same run_id?"
+                )
+            self._changed.wait(min(_TICK_S, timeout_s - waited_s))
 
-    def next_chunk(self, epoch: Epoch) -> _Chunk:
-        """The next rows of an epoch, once they are here."""
+    def next_chunk(self, epoch: Epoch) -> Chunk | None:
+        """The next rows of an epoch, once they are here; None if it ends before."""
         with self._changed:
-            self._wait_for(lambda: bool(epoch.chunks))
+            try:
+                self._wait_for(
+                    lambda: bool(epoch.chunks) or epoch.num_yielded >= epoch.stop, f"for more of epoch {epoch.number}"
+                )
+            except UnavailableError:
+                if self._on_unavailable != "uniform":
+                    raise
+                self._end_early(epoch, "no server answers")
             self._changed.notify_all()  # there is room again
-            return epoch.chunks.popleft()
+            return epoch.chunks.popleft() if epoch.num_yielded < epoch.stop else None
 
     def consumed(self, epoch: Epoch, num_non_finite: int) -> None:
         """Note that one more step's losses are in `epoch.losses`."""
@@ -413,9 +280,45 @@ class Run:
         self.num_non_finite += num_non_finite
         epoch.num_consumed += 1
         pending_bytes = 4 * epoch.part_rows * (epoch.num_consumed - epoch.num_reported)
-        if epoch.num_consumed == epoch.num_steps or pending_bytes >= _REPORT_BYTES:
+        if epoch.is_complete or pending_bytes >= _REPORT_BYTES:
             with self._changed:
                 self._changed.notify_all()
+
+    def _end_early(self, epoch: Epoch, why: str) -> None:
+        """End an epoch for this rank with the batches that were taken; the caller holds the lock."""
+        if epoch.num_yielded < epoch.stop:
+            _log.warning(
+                "epoch %d ends for rank %d after %d of its %d steps: %s",
+                epoch.number,
+                self.rank,
+                epoch.num_yielded,
+                epoch.num_steps,
+                why,
+            )
+            epoch.stop = epoch.num_yielded
+        self._changed.notify_all()
+
+    def _uniform_epoch(self, number: int) -> Epoch:
+        """An epoch of the same steps drawn without scores, and without a server: the same on all ranks."""
+        policy = self.spec.policy
+        is_whole = self.spec.shape(number).is_annealing
+        spec = replace(self.spec, policy=Uniform() if is_whole else RandomSubset(prune_ratio=policy.prune_ratio))
+        shape = spec.shape(number)
+        table = plan_epoch(replace(spec, importance_weight="none"), number, initial_scores(spec.num_samples))
+        start = pb.EpochStart(num_steps=shape.num_steps, step_rows=shape.step_rows, trained_rows=shape.step_rows)
+        first_step = self._start.step if number == self._start.epoch else 0
+        epoch = Epoch(self, number, first_step, start, is_uniform=True)
+        sample_ids, prior_scores = (
+            part(rows, shape.step_rows, self.rank, self.world_size)[first_step:]
+            for rows in (table.sample_ids, table.prior_scores)
+        )
+        epoch.chunks.append(Chunk(sample_ids.astype(np.int64), prior_scores, None))
+        _log.warning(
+            "no server answers: epoch %d goes on with %s, and its losses are not reported",
+            number,
+            "all samples" if is_whole else "samples drawn uniformly",
+        )
+        return epoch
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -429,44 +332,66 @@ class Run:
     # The fetching thread
 
     def _fetch(self) -> None:
-        for number in range(self._start.epoch, self.spec.num_epochs + 1):
+        number, first_step = self._start
+        while True:
             self._fetching = None
-            self._fetch_epoch(number, self._start.step if number == self._start.epoch else 0)
+            self._fetch_epoch(number, first_step)
             with self._changed:
                 epoch = self._fetching
-                self._has_ended = epoch is None
+                self._has_ended = epoch is None and self._joined_epoch <= number
                 self._changed.notify_all()
                 # The next epoch can't be there before this one is finished: no use in asking for it.
-                while not (self._closing.is_set() or epoch is None or epoch.is_finished):
+                while epoch is not None and not epoch.is_finished and not self._is_stopping:
                     self._changed.wait()
-                if self._closing.is_set():
+                if self._is_stopping or self._has_ended:
                     return
+                missed = number if epoch is None else number + 1
+                if self._joined_epoch > missed:
+                    _log.warning("epochs %d to %d went on without rank %d", missed, self._joined_epoch - 1, self.rank)
+                number, first_step = max(number + 1, self._joined_epoch), 0
 
     def _fetch_epoch(self, number: int, first_step: int) -> None:
         """Fetch one epoch as room permits, through outages. Leaves `_fetching` unset if the run has ended instead."""
-        while True:
+        outage: Iterator[Callable[[grpc.RpcError], None]] | None = None
+        self._wait_began_s = time.monotonic()
+        has_ended = False
+        while not has_ended:
+            streaming_as = self._member
             try:
-                self._fetch_rows(number, first_step)
+                has_ended = self._fetch_rows(number, first_step)
+                outage = None
             except grpc.RpcError as error:
-                self._outage = self._outage or self._connection.retries(self._closing)
-                next(self._outage)(error)
-            epoch = self._fetching
-            if (epoch is None and self._outage is None) or (
-                epoch is not None and epoch.num_received == epoch.num_steps
-            ):
-                return
-            with self._changed:
-                while epoch is not None and not self._closing.is_set() and self._room(epoch) < _BUFFER_BYTES // 2:
-                    self._changed.wait()
-                if self._closing.is_set():
+                failure = from_grpc(error)
+                if isinstance(failure, (EpochClosedError, StoreBehindError)):
+                    self._join_again(failure)
+                elif isinstance(failure, SupersededError) and self._has_joined_since(streaming_as):
+                    pass  # it was sent as who this process was before
+                elif not isinstance(failure, WaitTimeoutError):
+                    outage = outage or self._connection.retries(self._closing)
+                    next(outage)(error)
+                if self._joined_epoch > number:
                     return
+            epoch = self._fetching
+            with self._changed:
+                while epoch is not None and self._is_buffered(epoch) and not self._is_stopping:
+                    self._changed.wait()
+                if self._is_stopping or (epoch is not None and epoch.num_received >= epoch.stop):
+                    return
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._closing.is_set() or self._error is not None
 
     @staticmethod
     def _room(epoch: Epoch) -> int:
         return _BUFFER_BYTES - sum(chunk.num_bytes for chunk in epoch.chunks)
 
-    def _fetch_rows(self, number: int, first_step: int) -> None:
-        """One stream: wait for the epoch, then take as many steps as there is room for."""
+    def _is_buffered(self, epoch: Epoch) -> bool:
+        """Whether there is more to come of an epoch, but little room for it."""
+        return epoch.num_received < epoch.stop and self._room(epoch) < _BUFFER_BYTES // 2
+
+    def _fetch_rows(self, number: int, first_step: int) -> bool:
+        """One stream: wait for the epoch, take as many steps as there is room for. Returns whether it never comes."""
         epoch = self._fetching
         shape = self.spec.shape(min(number, self.spec.num_epochs - 1))
         room = _BUFFER_BYTES if epoch is None else self._room(epoch)
@@ -476,47 +401,66 @@ class Run:
             first_step=first_step if epoch is None else epoch.num_received,
             max_steps=max(room // (_BUFFERED_ROW_BYTES * shape.step_rows // self.world_size), 1),
         )
-        began_s = last_log_s = time.monotonic()
-        waiting_for: list[int] = []
+        last_log_s = time.monotonic()
         with self._changed:  # close() cancels either this call or its making
             if self._closing.is_set():
-                return
-            self._call = self._connection.stub().StreamEpoch(request, timeout=self._wait_timeout_s)
-        try:
-            for response in self._call:
-                self._outage = None
-                match response.WhichOneof("event"):
-                    case "wait":
-                        waiting_for = list(response.wait.waiting_for_ranks)
-                        self._finish_again_if_lost(waiting_for)
-                        if time.monotonic() - last_log_s > _WAIT_LOG_INTERVAL_S:
-                            last_log_s = time.monotonic()
-                            _log.warning(
-                                "epoch %d: waiting since %.0f s %s",
-                                number,
-                                last_log_s - began_s,
-                                _for_whom(waiting_for),
-                            )
-                    case "start":
-                        self._started(number, first_step, response.start)
-                    case "rows":
-                        self._received(response.rows)
-            self._outage = None
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise WaitTimeoutError(
-                    f"epoch {number}: waited {self._wait_timeout_s:g} s {_for_whom(waiting_for)}. "
-                    "Are all ranks running, with the same run_id?"
-                ) from error
-            raise
+                return False
+            self._call = call = self._connection.stub().StreamEpoch(request, timeout=_STREAM_TIMEOUT_S)
+        for response in call:
+            self._connection.answered()
+            match response.WhichOneof("event"):
+                case "wait":
+                    self._waiting_for = list(response.wait.waiting_for_ranks)
+                    self._finish_again_if_lost(self._waiting_for)
+                    if time.monotonic() - last_log_s > _WAIT_LOG_INTERVAL_S:
+                        last_log_s = time.monotonic()
+                        waited_s = last_log_s - self._wait_began_s
+                        _log.warning(
+                            "epoch %d: waiting since %.0f s %s", number, waited_s, _for_whom(self._waiting_for)
+                        )
+                case "start":
+                    epoch = self._started(number, first_step, response.start)
+                    if epoch.num_received == epoch.num_steps:
+                        call.cancel()
+                        return False
+                case "rows":
+                    self._received(response.rows)
+        self._connection.answered()
+        return self._fetching is None
 
-    def _started(self, number: int, first_step: int, start: pb.EpochStart) -> None:
+    def _started(self, number: int, first_step: int, start: pb.EpochStart) -> Epoch:
         with self._changed:
-            if self._fetching is None:
-                self._fetching = self._reporting = Epoch(self, number, first_step, start)
-                self._epochs.append(self._fetching)
-            self._fetching.plan_id = start.plan_id
+            epoch = self._fetching
+            if epoch is None:
+                # One that this job went through on draws of its own is only finished, so that the next is planned.
+                is_passed = number < self._uniform_stop
+                epoch = Epoch(self, number, start.num_steps if is_passed else first_step, start)
+                self._fetching = self._reporting = epoch
+                self._keep(epoch)
+                if not is_passed:
+                    self._epochs.append(epoch)
+            self._check_same_rows(epoch, start)
+            epoch.plan_id = start.plan_id
+            self._waiting_for = []
             self._changed.notify_all()
+            return epoch
+
+    def _keep(self, epoch: Epoch) -> None:
+        """Keep an epoch's losses, those of the one before, and those of earlier ones as room permits."""
+        self._kept[epoch.number] = epoch
+        kept_bytes = 0
+        for number in sorted(self._kept, reverse=True):
+            kept_bytes += self._kept[number].losses.nbytes
+            if kept_bytes > _KEPT_BYTES and number < epoch.number - 1:
+                del self._kept[number]
+
+    @staticmethod
+    def _check_same_rows(epoch: Epoch, start: pb.EpochStart) -> None:
+        if start.table_checksum != epoch.table_checksum:
+            raise DataLossError(
+                f"the store has lost losses that nobody could send again, and has planned epoch {epoch.number} anew "
+                "with other rows than this run has: begin a new run, from the start of that epoch or from a checkpoint"
+            )
 
     def _received(self, rows: pb.EpochRows) -> None:
         epoch = self._fetching
@@ -524,7 +468,7 @@ class Run:
             raise InternalError(f"the server sent step {rows.first_step} out of turn")
         shape = (rows.num_steps, epoch.part_rows)
         weights = column(rows.importance_weights, np.float32).reshape(shape) if rows.importance_weights else None
-        chunk = _Chunk(
+        chunk = Chunk(
             column(rows.sample_ids, sample_id_dtype(self.spec.num_samples)).astype(np.int64).reshape(shape),
             column(rows.prior_scores, np.float32).reshape(shape),
             weights,
@@ -534,6 +478,31 @@ class Run:
             epoch.num_received += rows.num_steps
             self._changed.notify_all()
 
+    def _finish_again_if_lost(self, waiting_for: list[int]) -> None:
+        """If others wait for this rank although it has finished, the store has lost that: say it again."""
+        epoch = self._reporting
+        if epoch is not None and epoch.is_finished and self.rank in waiting_for:
+            with self._changed:
+                epoch.is_finished = False
+                self._changed.notify_all()
+
+    def _join_again(self, why: FailedPreconditionError) -> None:
+        """Have the reporting thread join again, and wait until it has."""
+        with self._changed:
+            self._behind = why
+            self._changed.notify_all()
+            self._wait_until_joined()
+
+    def _wait_until_joined(self) -> None:
+        while self._behind is not None and not self._is_stopping:
+            self._changed.wait()
+
+    def _has_joined_since(self, member: pb.Member) -> bool:
+        """Whether the reporting thread has joined again; where it is at it, once it has."""
+        with self._changed:
+            self._wait_until_joined()
+            return self._member is not member
+
     # The reporting thread
 
     def _report(self) -> None:
@@ -542,25 +511,39 @@ class Run:
                 self._changed.wait_for(self._has_urgent_work, _REPORT_INTERVAL_S)
                 if self._closing.is_set() or self._has_ended or self._error is not None:
                     return
-                epoch = self._reporting
-                if epoch is None:
-                    continue
-            while epoch.num_reported < epoch.num_consumed:
-                self._report_steps(epoch, epoch.num_reported, epoch.num_consumed)
-            if epoch.num_reported == epoch.num_steps and not epoch.is_finished:
-                self._finish(epoch)
+                epoch, behind = self._reporting, self._behind
+            try:
+                if behind is not None:
+                    self._rejoin(behind)
+                elif epoch is not None:
+                    self._deliver(epoch)
+                    self._check_store(epoch)
+            except (EpochClosedError, StoreBehindError) as error:
+                self._behind = error
+                continue
             with self._changed:
-                self._is_flushing = self._is_flushing and epoch.num_reported < epoch.num_consumed
+                if self._behind is behind:
+                    self._behind = None
+                self._is_flushing = self._is_flushing and epoch is not None and epoch.num_reported < epoch.num_consumed
                 self._changed.notify_all()
 
     def _has_urgent_work(self) -> bool:
         epoch = self._reporting
-        if self._closing.is_set() or self._has_ended or epoch is None:
-            return self._closing.is_set() or self._has_ended
-        if epoch.num_consumed == epoch.num_steps:
+        if self._closing.is_set() or self._has_ended or self._behind is not None:
+            return True
+        if epoch is None:
+            return False
+        if epoch.is_complete:
             return not epoch.is_finished
         num_pending = epoch.num_consumed - epoch.num_reported
         return num_pending > 0 and (self._is_flushing or 4 * epoch.part_rows * num_pending >= _REPORT_BYTES)
+
+    def _deliver(self, epoch: Epoch) -> None:
+        """Report what was handed over, and finish the epoch if that was all."""
+        while epoch.num_reported < epoch.num_consumed and not epoch.is_finished:
+            self._report_steps(epoch, epoch.num_reported, epoch.num_consumed)
+        if epoch.is_complete and epoch.num_reported >= epoch.stop and not epoch.is_finished:
+            self._finish(epoch)
 
     def _report_steps(self, epoch: Epoch, first_step: int, stop: int) -> None:
         stop = min(stop, first_step + max(_REPORT_BYTES // (4 * epoch.part_rows), 1))
@@ -573,34 +556,96 @@ class Run:
         )
         self._connection.call("ReportLosses", request, give_up=self._closing)
         epoch.num_reported = max(epoch.num_reported, stop)
+        self._made_contact()
 
     def _finish(self, epoch: Epoch) -> None:
         losses = epoch.losses.reshape(-1)
-        request = pb.FinishEpochRequest(
-            member=self._member,
-            epoch=epoch.number,
-            plan_id=epoch.plan_id,
-            reported_rows=int(np.count_nonzero(~np.isnan(losses))),
-            checksum=checksum(losses),
-        )
-        while True:
+        for _ in range(_MAX_REPORTS_AGAIN):
+            request = pb.FinishEpochRequest(
+                member=self._member,
+                epoch=epoch.number,
+                plan_id=epoch.plan_id,
+                reported_rows=int(np.count_nonzero(~np.isnan(losses))),
+                checksum=checksum(losses),
+            )
             response = self._connection.call("FinishEpoch", request, give_up=self._closing)
             if not response.missing_steps:
-                break
+                epoch.is_finished = True
+                self._made_contact()
+                return
             _log.warning("epoch %d: the store lacks some losses: sending them again", epoch.number)
             for missing in response.missing_steps:
                 stop = missing.first_step + missing.num_steps
                 for step in range(missing.first_step, stop, max(_REPORT_BYTES // (4 * epoch.part_rows), 1)):
                     self._report_steps(epoch, step, stop)
-        epoch.is_finished = True
+        raise InternalError(f"epoch {epoch.number}: the store keeps other losses than it is sent")
 
-    def _finish_again_if_lost(self, waiting_for: list[int]) -> None:
-        """If others wait for this rank although it has finished, the store has lost that: say it again."""
-        epoch = self._reporting
-        if epoch is not None and epoch.is_finished and self.rank in waiting_for:
-            with self._changed:
-                epoch.is_finished = False
-                self._changed.notify_all()
+    def _made_contact(self) -> None:
+        self._num_rejoins = 0
+        self._last_contact_s = time.monotonic()
+
+    def _check_store(self, epoch: Epoch) -> None:
+        """See now and then whether the store still knows of this epoch: others may wait for what it has lost."""
+        if epoch.is_finished or time.monotonic() - self._last_contact_s < _CHECK_INTERVAL_S:
+            return
+        request = pb.GetExperimentRequest(ref=self._member.ref)
+        found = self._connection.call("GetExperiment", request, give_up=self._closing).experiment
+        self._last_contact_s = time.monotonic()
+        if found.epoch < epoch.number:
+            raise StoreBehindError(f"the store has gone back from epoch {epoch.number} to epoch {found.epoch}")
+
+    def _rejoin(self, why: FailedPreconditionError) -> None:
+        """Find out where the experiment stands, and send again what the store has lost."""
+        self._num_rejoins += 1
+        if self._num_rejoins > _MAX_REJOINS:
+            raise why
+        self._closing.wait(_REPORT_INTERVAL_S * (self._num_rejoins - 1))
+        request = pb.JoinRunRequest()
+        request.CopyFrom(self._join)
+        request.position.CopyFrom(pb.Position(epoch=self._start.epoch, step=self._start.step))
+        request.rejoining_as.CopyFrom(self._member)
+        joined = self._connection.call("JoinRun", request, give_up=self._closing)
+        with self._changed:
+            self._became_member(joined)
+            latest = self._reporting
+            if latest is None or joined.position.epoch > latest.number:
+                if latest is not None and not latest.is_finished:
+                    self._end_early(latest, "the epoch has ended without it")
+                    latest.is_finished = True
+                return
+        _log.warning("the store has lost what it had acknowledged (%s): sending it again", why)
+        for number in range(joined.position.epoch, latest.number + 1):
+            start = self._start_of(number)
+            epoch = self._kept.get(number)
+            if epoch is None:
+                # None of its rows is ours if the run began where the epoch ends.
+                if (number, start.num_steps) != (joined.position.epoch, joined.position.step):
+                    raise DataLossError(
+                        f"the store has gone back to epoch {number}, whose losses this run no longer has: begin a new "
+                        "run from a checkpoint"
+                    )
+                epoch = Epoch(self, number, start.num_steps, start)
+            self._check_same_rows(epoch, start)
+            epoch.plan_id = start.plan_id
+            epoch.num_reported, epoch.is_finished = epoch.first_step, False
+            self._deliver(epoch)
+
+    def _became_member(self, joined: pb.JoinRunResponse) -> None:
+        self._joined_epoch = joined.position.epoch
+        self._member = pb.Member(ref=self._join.ref, generation=joined.generation, rank=self.rank, claim=joined.claim)
+
+    def _start_of(self, number: int) -> pb.EpochStart:
+        """What an epoch's stream begins with, once it is planned."""
+        last_step = self.spec.shape(number).num_steps
+        request = pb.StreamEpochRequest(member=self._member, epoch=number, first_step=last_step)
+        while True:
+            try:
+                responses = self._connection.collect(
+                    "StreamEpoch", request, timeout_s=_CHECK_INTERVAL_S, give_up=self._closing
+                )
+            except WaitTimeoutError:
+                continue
+            return cast(pb.EpochStart, next(response.start for response in responses if response.HasField("start")))
 
 
 def _for_whom(ranks: list[int]) -> str:

@@ -24,13 +24,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from evosample.client import Experiment
+from evosample.epoch import Batch, Epoch
 from evosample.errors import InvalidArgumentError, UsageError
-from evosample.run import Batch, Epoch, Run
+from evosample.run import Run
 from evosample.wire import Position
 
 __all__ = ["Loader", "take_rows"]
 
 
+_END = object()
 _PLANNED_OPTIONS = {"batch_size", "batch_sampler", "drop_last", "generator", "in_order", "sampler", "shuffle"}
 
 
@@ -77,6 +79,7 @@ class Loader:
         take: picks rows of a batch: take(batch, positions). Default: `take_rows`.
         read_ahead: batches that a trainer may take before it passes the losses of the one that is due to `mean`.
         rank, world_size, run_id: as in `Experiment.epochs`.
+        run_options: what that takes besides, such as {"on_unavailable": "uniform"}.
         **options: what `DataLoader` takes besides: collate_fn, num_workers, pin_memory, worker_init_fn ...
 
     Raises:
@@ -97,6 +100,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         run_id: str | None = None,
+        run_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         _check_dataset(dataset, experiment)
@@ -129,6 +133,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._run_id = run_id
+        self._run_options = dict(run_options or {})
         self._run: Run | None = None
         self._position: Position | None = None
         self._epoch: Epoch | None = None
@@ -146,6 +151,8 @@ class Loader:
         if self._position is None:
             status = self.experiment.status()
             return Position(status.epoch + (status.state == "sealed"), 0)  # sealed: the next epoch is being planned
+        if self._epoch is not None and self._position.step >= self._epoch.stop:
+            return Position(self._epoch.number + 1, 0)
         return self._position
 
     @property
@@ -204,8 +211,6 @@ class Loader:
         step.losses.append(losses.detach())
         if ends_step:
             self._position = Position(step.batch.epoch, step.batch.step + 1)
-            if self._position.step == self.experiment.num_steps(step.batch.epoch):
-                self._position = Position(step.batch.epoch + 1, 0)
         if micro_batch.importance_weights is not None:
             losses = losses * micro_batch.importance_weights.to(losses.device)
         return losses.sum() / step.num_rows
@@ -225,7 +230,9 @@ class Loader:
             for _ in range(epoch.first_step, epoch.num_steps):
                 if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
                     raise self._losses_missing()
-                data = next(data_batches)
+                data = next(data_batches, _END)
+                if data is _END:  # the others have gone on without this rank
+                    break
                 if self._device is not None:
                     data = _moved(data, self._device)
                 yield from self._micro_batches(self._planned.taken.popleft(), data)
@@ -238,11 +245,15 @@ class Loader:
     def _next_epoch(self) -> Epoch:
         if self._is_exhausted and self._pending:
             raise self._losses_missing()
-        if self._epoch is not None and self._position != (self._epoch.number + 1, 0):  # it was broken off
+        if self._epoch is not None and self.position != (self._epoch.number + 1, 0):  # it was broken off
             self._leave_run()
         if self._run is None:
             self._run = self.experiment.epochs(
-                rank=self._rank, world_size=self._world_size, run_id=self._run_id, position=self._position
+                rank=self._rank,
+                world_size=self._world_size,
+                run_id=self._run_id,
+                position=self._position,
+                **self._run_options,
             )
             if self._world_size == 1:
                 self._run_id = None  # whatever follows, such as going on after a break, is another run
@@ -264,6 +275,8 @@ class Loader:
 
     def _leave_run(self) -> None:
         self._pending.clear()
+        if self._position is not None:
+            self._position = self.position
         self._epoch = None
         if self._run is not None:
             self._run.close()
@@ -317,8 +330,7 @@ class _PlannedBatches:
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self._epoch
         assert epoch is not None
-        for _ in range(epoch.first_step, epoch.num_steps):
-            batch = epoch.next_batch()
+        while (batch := epoch.next_batch()) is not None:
             self.taken.append(batch)
             yield batch.sample_ids.tolist()
 

@@ -63,6 +63,8 @@ class ExperimentStatus:
     non_finite_rows: int
     unreported_rows: int
     create_time: datetime.datetime
+    retained_epochs: tuple[int, ...]
+    pins: dict[str, int]
 
 
 def column(data: bytes, dtype: DTypeLike) -> NDArray[Any]:
@@ -70,11 +72,13 @@ def column(data: bytes, dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
 
 
-def check_column(field: str, data: bytes, num_rows: int) -> NDArray[np.float32]:
-    """A float32 column that must have `num_rows` rows; raises InvalidValue."""
-    if len(data) != 4 * num_rows:
-        raise InvalidValue(field, f"{len(data):,} bytes", f"{4 * num_rows:,} bytes: {num_rows:,} float32 values")
-    return column(data, np.float32)
+def check_column(field: str, data: bytes, num_rows: int, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """A column that must have `num_rows` rows; raises InvalidValue."""
+    dtype = np.dtype(dtype)
+    num_bytes = dtype.itemsize * num_rows
+    if len(data) != num_bytes:
+        raise InvalidValue(field, f"{len(data):,} bytes", f"{num_bytes:,} bytes: {num_rows:,} {dtype} values")
+    return column(data, dtype)
 
 
 def column_bytes(values: NDArray[Any]) -> bytes:
@@ -109,6 +113,7 @@ def spec_to_proto(spec: ExperimentSpec) -> pb.ExperimentSpec:
         mini_batch_size=spec.mini_batch_size,
         importance_weight=_IMPORTANCE_WEIGHTS[spec.importance_weight],
         seed=spec.seed,
+        warm_start=spec.warm_start,
     )
     match spec.policy:
         case EvolvedSampling() as policy:
@@ -139,6 +144,7 @@ def spec_from_proto(message: pb.ExperimentSpec) -> ExperimentSpec:
         policy=_policy_from_proto(message),
         importance_weight=_importance_weight_from_proto(message.importance_weight),
         seed=message.seed,
+        warm_start=message.warm_start,
     )
 
 
@@ -182,6 +188,8 @@ def status_to_proto(status: ExperimentStatus) -> pb.Experiment:
         visited_rows=status.visited_rows,
         non_finite_rows=status.non_finite_rows,
         unreported_rows=status.unreported_rows,
+        retained_epochs=status.retained_epochs,
+        pins=status.pins,
     )
     message.create_time.FromDatetime(status.create_time)
     return message
@@ -204,4 +212,6 @@ def status_from_proto(message: pb.Experiment) -> ExperimentStatus:
         non_finite_rows=message.non_finite_rows,
         unreported_rows=message.unreported_rows,
         create_time=message.create_time.ToDatetime(datetime.UTC),
+        retained_epochs=tuple(message.retained_epochs),
+        pins=dict(sorted(message.pins.items())),
     )

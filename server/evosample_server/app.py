@@ -16,13 +16,14 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
-from evosample.errors import InvalidArgumentError, UnavailableError
+from evosample.errors import UnavailableError
 from evosample.v1 import selection_pb2, selection_pb2_grpc
+from evosample_server.connection import connect_store, without_password
+from evosample_server.decoding import DecodingInterceptor
 from evosample_server.embedded import EmbeddedStore
-from evosample_server.experiments import Experiments
+from evosample_server.experiments import Experiments, Limits
 from evosample_server.planner import Planner
 from evosample_server.service import SelectionService
 from evosample_server.settings import Settings
@@ -32,13 +33,16 @@ _log = structlog.get_logger()
 
 _SERVICE = selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name
 _GRACE_S = 5.0
-_STORE_TIMEOUT_S = 10.0
+_PROBE_INTERVAL_S = 1.0
+_PROBE_TIMEOUT_S = 3.0
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
     # clients may ping while they wait, so that either side soon sees that the other is gone
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),  # clients connect again by themselves
 ]
 
 
@@ -70,19 +74,25 @@ async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | N
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store = Store(_redis(redis_url), retain_epochs=settings.retain_epochs, cache_bytes=settings.cache_bytes)
+    store = Store(connect_store(redis_url), retain_epochs=settings.retain_epochs, cache_bytes=settings.cache_bytes)
     try:
         await store.check()
     except RedisError as error:
-        raise UnavailableError(f"can't use Redis at {_without_password(redis_url)}: {error}") from error
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+        raise UnavailableError(f"can't use Redis at {without_password(redis_url)}: {error}") from error
+    server = grpc.aio.server(
+        interceptors=[DecodingInterceptor()],
+        # More than is taken: what is over the limit is then told by us, with what to do.
+        options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", 4 * settings.max_message_bytes)],
+    )
     address = _bind(server, settings.listen)
     async with asyncio.TaskGroup() as tasks:
         if settings.parent_pid is not None:  # watched by pid: a parent-death signal would fire when its thread ends
             tasks.create_task(_stop_when(lambda: os.getppid() != settings.parent_pid, stopping))
-        experiments = Experiments(store, Planner(store, tasks), max_samples=settings.max_samples)
-        if embedded is not None:  # whoever supervises the server starts both anew
-            tasks.create_task(_stop_when(lambda: not embedded.is_running, stopping))
+        planner = Planner(store, tasks)
+        limits = Limits(
+            settings.max_samples, settings.max_experiments, settings.max_streams, settings.max_message_bytes
+        )
+        experiments = Experiments(store, planner, limits)
         selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -92,41 +102,28 @@ async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | N
         if not settings.listen.startswith(("unix:", "127.", "localhost:", "[::1]:")):
             _log.warning("others can reach this server, and nothing asks who they are: keep it on a trusted network")
         await server.start()
-        for service in ("", _SERVICE):
-            await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await _set_health(health, is_serving=True)
+        background: list[asyncio.Task[None]] = [
+            tasks.create_task(planner.listen()),
+            tasks.create_task(_follow_store(store, health)),
+        ]
+        if embedded is not None:
+            background.append(tasks.create_task(_keep_running(embedded, stopping)))
         print(f"listening on {address}", flush=True)  # noqa: T201  # whoever started the server reads it
         await stopping.wait()
         _log.info("stopping")
+        pending = set(background)
+        while pending:  # redis-py may swallow a cancellation while it connects
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.2)
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)
     await store.close()
     if embedded is not None and not embedded.is_running:
         raise UnavailableError(
-            f"the embedded store ended by itself: see {embedded.log_path}, and start the server again"
+            f"the embedded store ends as soon as it has started: see {embedded.log_path} for what it lacks"
         )
-
-
-def _redis(url: str) -> Redis:
-    try:
-        # Bounds for everything: a store that is frozen is as good as one that is away.
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=100,
-            timeout=_STORE_TIMEOUT_S,
-            socket_timeout=_STORE_TIMEOUT_S,
-            socket_connect_timeout=5,
-        )
-        return Redis.from_pool(pool)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"--redis-url: {error}. Expected redis://[user:password@]host:port/db, rediss://... or unix:///path",
-            field="redis_url",
-        ) from error
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
@@ -138,6 +135,37 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
             f"can't listen on {listen}: is the address right (HOST:PORT or unix:/PATH), and free?"
         ) from error
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def _set_health(health: HealthServicer, *, is_serving: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", _SERVICE):
+        await health.set(service, status)
+
+
+async def _follow_store(store: Store, health: HealthServicer) -> None:
+    """The server is healthy while its store takes writes."""
+    is_serving = True
+    while True:
+        await asyncio.sleep(_PROBE_INTERVAL_S)
+        cause = ""
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                await store.probe()
+        except (RedisError, OSError, TimeoutError) as error:
+            cause = str(error) or "no answer"
+        if bool(cause) == is_serving:
+            is_serving = not cause
+            _log.warning("the store takes writes again" if is_serving else "the store takes no writes", cause=cause)
+            await _set_health(health, is_serving=is_serving)
+
+
+async def _keep_running(embedded: EmbeddedStore, stopping: asyncio.Event) -> None:
+    """Start the embedded store again when it has ended; stop the server if that does not help."""
+    while not stopping.is_set():
+        if not embedded.keep_running():
+            stopping.set()
+        await asyncio.sleep(0.1)
 
 
 async def _stop_when(has_ended: Callable[[], bool], stopping: asyncio.Event) -> None:

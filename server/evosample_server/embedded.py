@@ -18,6 +18,8 @@ from pathlib import Path
 
 import redis
 import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from evosample.errors import FailedPreconditionError, UnavailableError
 
@@ -25,6 +27,7 @@ _log = structlog.get_logger()
 
 _LOCK_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 30.0
+_MAX_FAILED_STARTS = 5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,7 +43,6 @@ class EmbeddedStore:
     """
 
     def __init__(self, data_dir: Path) -> None:
-        binary = _binary()
         try:
             data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _locked(data_dir)
@@ -49,12 +51,20 @@ class EmbeddedStore:
         self._socket = _socket_path(data_dir)
         self._socket.unlink(missing_ok=True)
         self.log_path = data_dir / "valkey.log"
-        command = [binary, "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"]
+        command = [_binary(), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"]
         command += ["--dir", str(data_dir.resolve()), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
         command += ["--maxmemory-policy", "noeviction", "--daemonize", "no"]
+        self._command = command
+        self.url = f"unix://{self._socket}"
+        self._num_failures = 0
+        self._start()
+        self._wait_until_ready()
+
+    def _start(self) -> None:
+        self._has_answered = False
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603  # our own binary and arguments
-                command,
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -63,27 +73,38 @@ class EmbeddedStore:
                 start_new_session=True,  # Ctrl-C reaches the server alone, which then stops its store in order
                 preexec_fn=_end_with_parent(os.getpid()),
             )
-        self.url = f"unix://{self._socket}"
-        self._wait_until_ready()
+
+    def keep_running(self) -> bool:
+        """Start a child that has ended again, in the main thread; False if it keeps ending before it answers."""
+        if self.is_running:
+            self._has_answered = self._has_answered or self._answers()
+            return True
+        self._num_failures = 0 if self._has_answered else self._num_failures + 1
+        _log.warning("the embedded store has ended", code=self._process.returncode, log=str(self.log_path))
+        if self._num_failures == _MAX_FAILED_STARTS:
+            return False
+        self._start()
+        return True
 
     def _wait_until_ready(self) -> None:
-        client = redis.Redis(unix_socket_path=str(self._socket))
         began_s = last_log_s = time.monotonic()
-        while True:
-            if self._process.poll() is not None:
+        while not self._answers():
+            if not self.is_running:
                 raise UnavailableError(f"the embedded store ended at once: see {self.log_path}")
-            try:
-                client.ping()
-            except redis.BusyLoadingError:  # a large append-only file takes its time
-                if time.monotonic() - last_log_s > 5:
-                    last_log_s = time.monotonic()
-                    _log.info("the embedded store is loading its data", seconds=round(last_log_s - began_s))
-            except redis.ConnectionError:
-                pass
-            else:
-                client.close()
-                return
+            if time.monotonic() - last_log_s > 5:  # a large append-only file takes its time
+                last_log_s = time.monotonic()
+                _log.info("the embedded store is loading its data", seconds=round(last_log_s - began_s))
             time.sleep(0.02)
+        self._has_answered = True
+
+    def _answers(self) -> bool:
+        try:
+            with redis.Redis(
+                unix_socket_path=str(self._socket), socket_timeout=0.2, retry=Retry(NoBackoff(), 0)
+            ) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
 
     @property
     def is_running(self) -> bool:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from evosample.errors import (
     AlreadyExistsError,
     EpochClosedError,
+    EpochNotRetainedError,
     FailedPreconditionError,
     NotFoundError,
     ResourceExhaustedError,
+    StoreBehindError,
     SupersededError,
 )
 from evosample.sampling import (
@@ -30,6 +32,7 @@ from evosample.sampling import (
     check_int,
     check_losses,
     check_name,
+    check_scores,
     checksum,
     part,
     recorded_losses,
@@ -39,10 +42,21 @@ from evosample.wire import ExperimentName, ExperimentStatus, Position, check_col
 from evosample_server.planner import Planner
 from evosample_server.store import Head, Member, Store
 
+_log = structlog.get_logger()
+
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
 _TARGET_MESSAGE_BYTES = 2**20
 _EXPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
+
+
+class Limits(NamedTuple):
+    """What a server takes on; see the settings of these names."""
+
+    max_samples: int
+    max_experiments: int
+    max_streams: int
+    max_message_bytes: int
 
 
 class Joined(NamedTuple):
@@ -64,6 +78,7 @@ class EpochStart(NamedTuple):
 
     plan_id: str
     shape: EpochShape
+    table_checksum: int
 
 
 class EpochRows(NamedTuple):
@@ -71,6 +86,15 @@ class EpochRows(NamedTuple):
 
     first_step: int
     table: Table
+
+
+class ScoreRows(NamedTuple):
+    """Columns of consecutive samples as they came: float32, float32, uint32 or empty."""
+
+    first_sample: int
+    scores: bytes
+    sampling_weights: bytes
+    num_visits: bytes
 
 
 class Finish(NamedTuple):
@@ -83,22 +107,28 @@ class Finish(NamedTuple):
 class Experiments:
     """All experiments of one Redis. Holds no state of its own: any server can answer any call."""
 
-    def __init__(self, store: Store, planner: Planner, *, max_samples: int) -> None:
+    def __init__(self, store: Store, planner: Planner, limits: Limits) -> None:
         self._store = store
         self._planner = planner
-        self._max_samples = max_samples
+        self._limits = limits
+        self._num_streams = 0
 
     async def create(self, name: ExperimentName, uid: str, spec: ExperimentSpec) -> ExperimentStatus:
         """Create an experiment and plan its first epoch, unless an equal one is there."""
         if uid:
             raise InvalidValue("ref.uid", uid, "nothing: the server chooses the uid of a new experiment")
-        if spec.num_samples > self._max_samples:
+        if spec.num_samples > self._limits.max_samples:
             raise ResourceExhaustedError(
-                f"num_samples={spec.num_samples:,}: this server takes at most {self._max_samples:,} samples an "
+                f"num_samples={spec.num_samples:,}: this server takes at most {self._limits.max_samples:,} samples an "
                 "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
             )
         head = await self._store.head(name)
         if head is None:
+            if await self._store.count_names(name.project) >= self._limits.max_experiments:
+                raise ResourceExhaustedError(
+                    f"project {name.project!r} has {self._limits.max_experiments:,} experiments, as many as this "
+                    "server takes: delete some, or raise it with --max-experiments"
+                )
             await self._store.create(name, spec)
         head = await self._planner.settled(name)
         if head is None:
@@ -141,11 +171,109 @@ class Experiments:
         if not await self._store.delete(head):
             raise _gone(name, head.uid)
 
+    async def force_finish(self, name: ExperimentName, uid: str, epoch: int) -> list[int]:
+        """End an epoch, if it has not ended yet, without the ranks that have not finished it; returns these."""
+        await self._head(name, uid)
+        skipped: list[int] = []
+        while True:
+            head = await self._planner.settled(name)
+            if head is None or (uid and head.uid != uid):
+                raise _gone(name, uid)
+            if epoch > head.epoch:
+                raise FailedPreconditionError(
+                    f"epoch {epoch} is not reached yet: the experiment stands at epoch {head.epoch}"
+                )
+            if epoch < head.epoch or head.state == "finished":
+                return skipped[:_MAX_NAMED_RANKS]
+            skipped = await self._store.unfinished_ranks(head)
+            await self._seal(head, at_once=True)
+
+    async def _seal(self, head: Head, *, at_once: bool) -> None:
+        if await self._store.seal(head, at_once=at_once):
+            skipped = await self._store.unfinished_ranks(head)
+            _log.warning(
+                "epoch ended without some ranks", experiment=head.name.name, epoch=head.epoch, ranks=skipped[:100]
+            )
+            await self._planner.announce(head.uid)
+
+    async def pin(self, name: ExperimentName, uid: str, pin: str, epoch: int | None) -> None:
+        """Keep an epoch under a name beyond the retained ones, or let go of what that name keeps."""
+        check_name("pin", pin)
+        head = await self._head(name, uid)
+        match await self._store.pin(head, pin, epoch):
+            case "gone":
+                raise _gone(name, head.uid)
+            case "not_retained":
+                raise await self._not_retained(head, f"epoch {epoch}")
+            case "too_many":
+                raise ResourceExhaustedError(
+                    f"pin={pin!r}: experiment {name.name!r} has 16 pins, as many as it may have; let go of one, or use "
+                    f"one of their names again: {', '.join((await self._store.status(head)).pins)}"
+                )
+
+    async def _not_retained(self, head: Head, what: str) -> EpochNotRetainedError:
+        retained = ", ".join(map(str, await self._store.retained_epochs(head)))
+        return EpochNotRetainedError(
+            f"{what} is not here: experiment {head.name.name!r} stands at epoch {head.epoch}, and keeps the scores of "
+            f"epochs {retained}. Keep more with --retain-epochs, or pin the epochs of checkpoints"
+        )
+
+    async def import_scores(
+        self, name: ExperimentName, uid: str, num_samples: int, columns: AsyncIterator[ScoreRows]
+    ) -> None:
+        """Start an experiment from known scores, before its first run joins."""
+        await self._head(name, uid)
+        head = await self._planner.settled(name)
+        if head is None or (uid and head.uid != uid):
+            raise _gone(name, uid)
+        n = head.spec.num_samples
+        if num_samples != n:
+            raise InvalidValue("num_samples", num_samples, f"the experiment's number of samples, {n:,}")
+        if head.generation:
+            raise _started(head)
+        scores = Scores(np.empty(n, np.float32), np.empty(n, np.float32), np.ones(n, np.uint32))
+        done = 0
+        async for first_sample, *received in columns:
+            if first_sample != done:
+                raise InvalidValue("first_sample", first_sample, f"{done:,}: samples come in order, from 0 on")
+            num_rows = len(received[0]) // 4
+            if num_rows > n - done:
+                raise InvalidValue("scores", f"{num_rows:,} samples", f"at most the {n - done:,} that are left")
+            for field, values, data in zip(Scores._fields, scores, received, strict=True):
+                if data or field != "num_visits":
+                    rows = check_column(field, data, num_rows, values.dtype)
+                    if field != "num_visits":
+                        check_scores(field, rows)
+                    values[done : done + num_rows] = rows
+            done += num_rows
+        if done != n:
+            raise InvalidValue("scores", f"{done:,} samples", f"those of all {n:,}")
+        if not await self._planner.import_scores(head, scores):
+            raise _started(head)
+
     async def join(
-        self, name: ExperimentName, uid: str, *, run_id: str, rank: int, world_size: int, position: Position | None
+        self,
+        name: ExperimentName,
+        uid: str,
+        *,
+        run_id: str,
+        rank: int,
+        world_size: int,
+        position: Position | None,
+        current_if_not_retained: bool,
+        straggler_timeout_ms: int | None,
+        rejoining_as: Member | None,
+        process_id: str,
     ) -> Joined:
         """Make the caller a rank of a run; a new run_id starts a new generation."""
         check_name("run_id", run_id)
+        if process_id:
+            check_name("process_id", process_id)
+        if straggler_timeout_ms is not None:
+            check_int("straggler_timeout_ms", straggler_timeout_ms, 1, 2**40)
+        if rejoining_as is not None:
+            check_int("rejoining_as.generation", rejoining_as.generation, 1, 2**53)
+            check_int("rejoining_as.claim", rejoining_as.claim, 1, 2**53)
         while True:
             head = await self._planner.settled(name)
             if head is None or head.uid != uid:
@@ -153,21 +281,36 @@ class Experiments:
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             target = self._target(head, run_id, position)
-            claim = secrets.randbits(63)
+            is_retained = target.epoch in (head.epoch, *await self._store.retained_epochs(head))
+            if not is_retained or target.epoch > head.epoch:
+                if current_if_not_retained:
+                    position, target = None, Position(head.epoch, 0)
+                elif run_id != head.run_id:
+                    raise await self._not_retained(head, f"position ({target.epoch}, {target.step})")
             answer = await self._store.join(
                 head,
                 run_id=run_id,
                 rank=rank,
                 world_size=world_size,
-                claim=claim,
+                straggler_timeout_ms=straggler_timeout_ms or 0,
                 given=position is not None,
                 target=target,
+                rejoining_as=rejoining_as,
+                process_id=process_id,
             )
             match answer:
-                case ["changed"]:
+                case ["changed"] | ["not_retained"]:
                     continue
                 case ["gone"]:
                     raise _gone(name, uid)
+                case ["superseded"]:
+                    raise _superseded(head, Member(head.generation if run_id == head.run_id else 0, rank, 0))
+                case ["straggler_timeout_ms", other]:
+                    raise InvalidValue(
+                        "straggler_timeout_ms",
+                        straggler_timeout_ms,
+                        f"{other if other != '0' else 'none'}: the run {run_id!r} was begun with that",
+                    )
                 case ["world_size", other]:
                     raise InvalidValue(
                         "world_size",
@@ -182,15 +325,11 @@ class Experiments:
                         f"({other.replace(' ', ', ')}): the run {run_id!r} was begun there. All ranks of a run begin "
                         "at the same position; every start of a job needs a run_id of its own",
                     )
-                case ["not_retained", oldest]:
-                    raise FailedPreconditionError(
-                        f"position {tuple(target)}: epoch {target.epoch} is no longer retained; "
-                        f"the oldest is {oldest}, the current one {head.epoch}"
-                    )
-                case ["joined", int(generation)]:
+                case ["joined", generation, claim]:
                     if run_id == head.run_id:
                         target = Position(head.epoch, head.first_step)
-                    return Joined(generation, claim, target)
+                    await self._planner.announce(uid)
+                    return Joined(int(generation), int(claim), target)
                 case _:
                     raise AssertionError(answer)
 
@@ -212,42 +351,55 @@ class Experiments:
             return Position(head.epoch, head.spec.shape(head.epoch).num_steps)
         if epoch < head.epoch and step == last:
             return Position(epoch + 1, 0)
-        if epoch > head.epoch:
-            raise FailedPreconditionError(
-                f"position ({epoch}, {step}) is ahead of experiment {head.name.name!r}, which stands at epoch "
-                f"{head.epoch}: is the checkpoint from another experiment?"
-            )
         return Position(epoch, step)
 
     async def stream(
         self, name: ExperimentName, uid: str, member: Member, *, epoch: int, first_step: int, max_steps: int
     ) -> AsyncIterator[EpochWait | EpochStart | EpochRows]:
         """A rank's part of an epoch, waiting for it if it is yet to be planned."""
+        if self._num_streams >= self._limits.max_streams:
+            raise ResourceExhaustedError(
+                f"this server already serves {self._num_streams:,} streams, as many as it takes: add servers, or raise "
+                "it with --max-streams"
+            )
+        self._num_streams += 1
+        try:
+            async for event in self._stream(name, uid, member, epoch, first_step, max_steps):
+                yield event
+        finally:
+            self._num_streams -= 1
+
+    async def _stream(
+        self, name: ExperimentName, uid: str, member: Member, epoch: int, first_step: int, max_steps: int
+    ) -> AsyncIterator[EpochWait | EpochStart | EpochRows]:
         last_message_s = time.monotonic()
         while True:
+            changed = self._planner.change_of(uid)
             head = await self._head_of_member(name, uid, member)
             if epoch < head.epoch:
                 raise EpochClosedError(f"epoch {epoch} is over: the experiment stands at epoch {head.epoch}")
             if epoch > head.epoch + 1 or epoch > head.spec.num_epochs:
-                raise FailedPreconditionError(
-                    f"epoch {epoch} is not the next one: the experiment stands at epoch {head.epoch} "
-                    f"of {head.spec.num_epochs}"
+                raise StoreBehindError(
+                    f"epoch {epoch} is not the next one: the experiment stands at epoch {head.epoch} of "
+                    f"{head.spec.num_epochs}. If the run had got there, the store has lost that: join again"
                 )
             if head.state in ("sealed", "unplanned"):
                 if await self._planner.turn(head):
                     continue
             elif epoch == head.epoch:
                 break
+            elif head.straggler_timeout_ms:
+                await self._seal(head, at_once=False)
             if time.monotonic() - last_message_s >= _WAIT_MESSAGE_INTERVAL_S:
                 ranks = await self._store.unfinished_ranks(head) if head.state == "open" else []
                 yield EpochWait(ranks[:_MAX_NAMED_RANKS])
                 last_message_s = time.monotonic()
-            await self._planner.wait(head)
+            await self._planner.wait(changed)
         if head.state == "finished":
             return
         shape = head.spec.shape(epoch)
         check_int("first_step", first_step, 0, shape.num_steps)
-        yield EpochStart(head.plan_id, shape)
+        yield EpochStart(head.plan_id, shape, head.table_checksum)
         stop = min(first_step + max_steps, shape.num_steps) if max_steps else shape.num_steps
         async for rows in self._rows(head, shape, member.rank, first_step, stop):
             yield rows
@@ -287,6 +439,11 @@ class Experiments:
         check_int("first_step", first_step, 0, shape.num_steps - 1)
         check_int("num_steps", num_steps, 1, shape.num_steps - first_step)
         part_rows = shape.step_rows // head.world_size
+        if len(losses) > self._limits.max_message_bytes:
+            raise ResourceExhaustedError(
+                f"losses: {len(losses):,} bytes; this server takes at most {self._limits.max_message_bytes:,} in a "
+                "message: report fewer steps at once, or raise it with --max-message-bytes"
+            )
         values = check_column("losses", losses, num_steps * part_rows)
         return await self._record(head, member, plan_id, first_step * part_rows, values)
 
@@ -346,6 +503,7 @@ class Experiments:
         head = await self._head_of_member(name, uid, member)
         if head.epoch > epoch:
             return Finish([], [])
+        await self._planner.announce(uid)
         if head.state == "sealed":
             self._planner.start_turn(head)
         return Finish([], (await self._store.unfinished_ranks(head))[:_MAX_NAMED_RANKS])
@@ -377,10 +535,7 @@ class Experiments:
         wanted = head.epoch if epoch is None else epoch
         plan_id = await self._store.plan_of_epoch(head, wanted)
         if plan_id is None:
-            retained = ", ".join(map(str, await self._store.retained_epochs(head)))
-            raise FailedPreconditionError(
-                f"the scores of epoch {wanted} are not here; retained are those of {retained}"
-            )
+            raise await self._not_retained(head, f"epoch {wanted}")
         for first in range(0, head.spec.num_samples, _EXPORT_ROWS):
             count = min(_EXPORT_ROWS, head.spec.num_samples - first)
             yield wanted, first, await self._store.read_score_rows(head, plan_id, first, count)
@@ -397,8 +552,9 @@ class Experiments:
         if not uid:
             raise InvalidValue("ref.uid", uid, "the uid that CreateExperiment or GetExperiment gave")
         head = await self._head(name, uid)
-        if not await self._store.is_current(head, member):
-            raise _superseded(head, member)
+        refusal = await self._store.refusal(head, member)
+        if refusal is not None:
+            self._check_answer(refusal, head, member, "")
         return head
 
     @staticmethod
@@ -413,6 +569,11 @@ class Experiments:
                 raise _gone(head.name, head.uid)
             case "superseded":
                 raise _superseded(head, member)
+            case "behind":
+                raise StoreBehindError(
+                    f"nothing is known of this process having joined run {member.generation} as rank {member.rank}: if "
+                    "it has, the store has lost that. Join again"
+                )
             case "closed":
                 raise EpochClosedError(f"plan {plan_id!r} has just been closed")
 
@@ -426,6 +587,13 @@ def _gone(name: ExperimentName, uid: str) -> NotFoundError:
     return NotFoundError(
         f"ref.name={name.name!r}: project {name.project!r} has no such experiment; create it, or list those there are",
         field="ref.name",
+    )
+
+
+def _started(head: Head) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"a run has joined experiment {head.name.name!r}, or it has just been changed: scores are imported before the "
+        "first run. Import them into a new experiment"
     )
 
 

@@ -14,6 +14,13 @@ from evosample.wire import ExperimentName
 BLOCK_ROWS = 1_000_000
 
 
+# Channel: uids of experiments whose head has just changed.
+CHANGES = "evosample:changes"
+
+# String: written now and then by every server, to see whether the store takes writes.
+PROBE = "evosample:probe"
+
+
 def names(project: str) -> str:
     """Sorted set: the names of a project's experiments."""
     return f"evosample:{{{project}}}:experiments"
@@ -22,6 +29,11 @@ def names(project: str) -> str:
 def head(name: ExperimentName) -> str:
     """Hash: an experiment's head."""
     return f"evosample:{{{name.project}/{name.name}}}:head"
+
+
+def replicated(name: ExperimentName) -> str:
+    """String: what is written to see how far replicas are; gone in a moment."""
+    return f"evosample:{{{name.project}/{name.name}}}:replicated"
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,21 @@ class ExperimentKeys:
 
     @property
     def head(self) -> str:
-        """Hash: uid, spec, state, epoch, plan_id, generation, run_id, world_size, first_step, create_time."""
+        """Hash: uid (none: it was deleted), birth_uid, spec, state, epoch, plan_id, table_checksum, generation, run_id,
+        world_size, run_position, first_step, straggler_timeout_ms, finish_began_ms (when the first rank finished the
+        epoch; 0: none has) and create_time.
+        """
         return head(self.name)
 
     @property
     def claims(self) -> str:
-        """Hash: rank -> claim of its latest process, in the current generation."""
+        """Hash: rank -> claim of its latest process in the current generation; process:<id> -> claim of any process."""
         return self._key("claims")
+
+    @property
+    def runs(self) -> str:
+        """Hash: run_id -> generation of all runs so far."""
+        return self._key("runs")
 
     @property
     def finished(self) -> str:
@@ -63,6 +83,11 @@ class ExperimentKeys:
     def epochs(self) -> str:
         """Hash: epoch -> plan_id of the retained epochs."""
         return self._key("epochs")
+
+    @property
+    def pins(self) -> str:
+        """Hash: name -> epoch that is kept under it, beside the retained ones."""
+        return self._key("pins")
 
     @property
     def turn_lock(self) -> str:

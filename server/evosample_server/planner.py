@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import defaultdict
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import structlog
 from redis.exceptions import RedisError
 
-from evosample.sampling import fold_epoch, initial_scores, plan_epoch
+from evosample.sampling import Scores, fold_epoch, initial_scores, plan_epoch, table_checksum
 from evosample.wire import ExperimentName, ExperimentState
 from evosample_server.store import Head, RowCounts, Store
 
 _log = structlog.get_logger()
 
-_LOCK_TTL_S = 10.0
-_POLL_INTERVAL_S = 0.1
+_LOCK_TTL_S = 3.0
+_POLL_INTERVAL_S = 1.0  # should an announcement get lost
+_LISTEN_AGAIN_S = 1.0
 
 
 class Planner:
@@ -32,7 +32,7 @@ class Planner:
         self._store = store
         self._tasks = tasks
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._turned: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
     def start_turn(self, head: Head) -> None:
         """Begin a turn that nobody here waits for."""
@@ -47,10 +47,37 @@ class Planner:
         except Exception:  # noqa: BLE001  # whatever it is, it is logged and met again
             _log.exception("turn failed", experiment=head.name.name, epoch=head.epoch)
 
-    async def wait(self, head: Head) -> None:
-        """Return soon after the experiment may have changed: at once where this server changed it."""
+    async def listen(self) -> None:
+        """Wake who waits for an experiment when any server announces that its head has changed."""
+        while True:
+            try:
+                async for uid in self._store.changes():
+                    self._wake(uid)
+            except RedisError as error:
+                _log.debug("cut off from announcements", cause=str(error))
+            await asyncio.sleep(_LISTEN_AGAIN_S)
+
+    def _wake(self, uid: str) -> None:
+        changed = self._changed.pop(uid, None)
+        if changed is not None:
+            changed.set()
+
+    def change_of(self, uid: str) -> asyncio.Event:
+        """What is set when the experiment's head changes after this call: take it before reading the head."""
+        changed = self._changed.get(uid)
+        if changed is None:
+            changed = self._changed[uid] = asyncio.Event()
+        return changed
+
+    async def wait(self, changed: asyncio.Event) -> None:
+        """Return once it is set, or after a second."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._turned[head.uid].wait(), _POLL_INTERVAL_S)
+            await asyncio.wait_for(changed.wait(), _POLL_INTERVAL_S)
+
+    async def announce(self, uid: str) -> None:
+        """Wake who waits for an experiment here and on all other servers: its head has changed."""
+        self._wake(uid)
+        await self._store.announce(uid)
 
     async def settled(self, name: ExperimentName) -> Head | None:
         """The head, after making the turn that is due, if one is."""
@@ -58,8 +85,9 @@ class Planner:
             head = await self._store.head(name)
             if head is None or head.state in ("open", "finished"):
                 return head
+            changed = self.change_of(head.uid)
             if not await self.turn(head):
-                await self.wait(head)
+                await self.wait(changed)
 
     async def turn(self, head: Head) -> bool:
         """Make the turn that `head` is due; False if someone else is at it."""
@@ -79,7 +107,7 @@ class Planner:
             finally:
                 renewal.cancel()
                 await self._store.unlock_turn(head, token)
-        self._turned.pop(head.uid, asyncio.Event()).set()
+        await self.announce(head.uid)
         return True
 
     async def _renew_lock(self, head: Head, token: str) -> None:
@@ -112,16 +140,36 @@ class Planner:
                 head, plan_id, scores
             ):
                 return
+        await self._plan(head, epoch, plan_id, scores, row_counts)
+
+    async def import_scores(self, head: Head, scores: Scores) -> bool:
+        """Put scores in the place of those an experiment starts with; False if its head has changed meanwhile."""
+        plan_id = secrets.token_hex(8)
+        is_registered = await self._store.register_plan(head, plan_id, head.epoch)
+        if not is_registered or not await self._store.write_scores(head, plan_id, scores):
+            return False
+        is_committed = await self._plan(head, head.epoch, plan_id, scores, RowCounts())
+        await self.announce(head.uid)
+        return is_committed
+
+    async def _plan(self, head: Head, epoch: int, plan_id: str, scores: Scores, row_counts: RowCounts) -> bool:
+        """Write the table of `epoch` beside its scores, and move the head to it; False if another got there first."""
+        store, spec = self._store, head.spec
         is_last = epoch == spec.num_epochs
+        crc = 0
         if not is_last:
             table = await asyncio.to_thread(plan_epoch, spec, epoch, scores)
             if not await store.write_table(head, plan_id, table):
-                return
+                return False
+            crc = await asyncio.to_thread(table_checksum, *table)
         state: ExperimentState = "finished" if is_last else "open"
-        if not await store.commit(head, epoch=epoch, plan_id=plan_id, state=state, row_counts=row_counts):
+        if not await store.commit(
+            head, epoch=epoch, plan_id=plan_id, state=state, table_checksum=crc, row_counts=row_counts
+        ):
             await store.collect(head, lost_plan=plan_id)
-            return
+            return False
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)
         if current is not None and current.uid == head.uid:
             await store.collect(current)
+        return True

@@ -24,7 +24,7 @@ from evosample.wire import (
     status_to_proto,
 )
 from evosample_server import status
-from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments
+from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments, ScoreRows
 from evosample_server.store import Member
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -104,6 +104,10 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             rank=request.rank,
             world_size=request.world_size,
             position=Position(request.position.epoch, request.position.step) if request.HasField("position") else None,
+            current_if_not_retained=request.current_if_not_retained,
+            straggler_timeout_ms=request.straggler_timeout_ms if request.HasField("straggler_timeout_ms") else None,
+            rejoining_as=_member(request.rejoining_as) if request.HasField("rejoining_as") else None,
+            process_id=request.process_id,
         )
         position = pb.Position(epoch=joined.position.epoch, step=joined.position.step)
         return pb.JoinRunResponse(generation=joined.generation, claim=joined.claim, position=position)
@@ -127,6 +131,8 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         try:
             while True:
                 following = asyncio.ensure_future(anext(events, None))
+                # If the call ends before it does, nobody is left to hear what it raises.
+                following.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 try:
                     await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
                     if not following.done():
@@ -184,8 +190,28 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         return pb.FinishEpochResponse(missing_steps=missing_steps, waiting_for_ranks=finish.waiting_for_ranks)
 
     @_translated
+    async def ForceFinishEpoch(self, request: pb.ForceFinishEpochRequest, context: Context) -> Any:
+        skipped = await self._experiments.force_finish(name_from_proto(request.ref), request.ref.uid, request.epoch)
+        return pb.ForceFinishEpochResponse(skipped_ranks=skipped)
+
+    @_translated
+    async def PinEpoch(self, request: pb.PinEpochRequest, context: Context) -> Any:
+        epoch = request.epoch if request.HasField("epoch") else None
+        await self._experiments.pin(name_from_proto(request.ref), request.ref.uid, request.pin, epoch)
+        return pb.PinEpochResponse()
+
+    @_translated
     async def ImportScores(self, request: AsyncIterator[pb.ImportScoresRequest], context: Context) -> Any:
-        raise UnimplementedError("ImportScores is not implemented yet")
+        first = await anext(request, pb.ImportScoresRequest())
+
+        async def columns() -> AsyncIterator[ScoreRows]:
+            yield _score_rows(first)
+            async for message in request:
+                yield _score_rows(message)
+
+        ref = first.ref
+        await self._experiments.import_scores(name_from_proto(ref), ref.uid, first.num_samples, columns())
+        return pb.ImportScoresResponse()
 
     @_translated
     async def ExportScores(self, request: pb.ExportScoresRequest, context: Context) -> Any:
@@ -208,17 +234,22 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         raise UnimplementedError("WatchExperiment is not implemented yet: poll GetExperiment")
 
 
+def _score_rows(message: pb.ImportScoresRequest) -> ScoreRows:
+    return ScoreRows(message.first_sample, message.scores, message.sampling_weights, message.num_visits)
+
+
 def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochResponse:
     match event:
         case EpochWait(waiting_for_ranks):
             return pb.StreamEpochResponse(wait=pb.EpochWait(waiting_for_ranks=waiting_for_ranks))
-        case EpochStart(plan_id, shape):
+        case EpochStart(plan_id, shape, table_checksum):
             return pb.StreamEpochResponse(
                 start=pb.EpochStart(
                     plan_id=plan_id,
                     num_steps=shape.num_steps,
                     step_rows=shape.step_rows,
                     trained_rows=shape.trained_rows,
+                    table_checksum=table_checksum,
                 )
             )
         case EpochRows(first_step, Table(sample_ids, prior_scores, importance_weights)):

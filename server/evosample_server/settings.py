@@ -31,8 +31,9 @@ class Settings(BaseSettings):
     )
     redis_url: str | None = Field(
         None,
-        description="Redis or Valkey to use, such as redis://:password@host:6379/0; without it one is started in "
-        "--data-dir, and ends with the server",
+        description="Redis or Valkey to use, such as redis://:password@host:6379/0, rediss://host:6379/0 (TLS), "
+        "unix:///path/redis.sock, redis+cluster://host:6379,host:6379, redis+sentinel://host:26379,host:26379/SERVICE "
+        "(both with rediss, too); without it one is started in --data-dir, and ends with the server",
     )
     data_dir: Path = Field(Path("evosample-data"), description="where the server's own Valkey keeps its data")
     max_samples: int = Field(
@@ -40,6 +41,13 @@ class Settings(BaseSettings):
     )
     retain_epochs: int = Field(
         2, ge=1, description="epochs whose scores are kept, the current one counted; a job can go back to these"
+    )
+    max_experiments: int = Field(10_000, ge=1, description="most experiments of a project")
+    max_streams: int = Field(
+        1_000, ge=1, description="most streams of ids at once; one is open for each rank that is waiting for an epoch"
+    )
+    max_message_bytes: int = Field(
+        4 * 2**20, ge=2**20, le=2**30, description="most bytes of losses or scores that come in one message"
     )
     cache_bytes: int = Field(2**30, ge=0, description="memory for columns that were read or written lately")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")

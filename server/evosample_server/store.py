@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import hashlib
 import importlib.resources
 import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from evosample.errors import DataLossError, EpochClosedError, FailedPreconditionError
 from evosample.sampling import ExperimentSpec, Scores, Table, loss_bits, losses_of_bits, part, sample_id_dtype
@@ -35,12 +40,19 @@ _SCRIPTS = (
     "join",
     "report",
     "finish",
+    "seal",
+    "pin",
     "commit",
     "retire",
     "unlink_table",
     "delete",
     "forget",
 )
+_SCRIPTS_OF_MEMBERS = ("report", "finish")  # they begin with member.lua
+_MAX_PINS = 16
+_PROBE_TTL_MS = 60_000
+_LISTEN_TIMEOUT_S = 10.0
+_REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
 _SCORE_COLUMNS = ("score", "sampling_weight", "num_visits")
 
@@ -59,6 +71,8 @@ class Head:
     run_id: str
     world_size: int
     first_step: int
+    straggler_timeout_ms: int
+    table_checksum: int
     create_time: datetime.datetime
 
     @property
@@ -131,39 +145,90 @@ class Store:
     """The verbs that experiments need of Redis.
 
     Args:
-        redis: a client that does not decode responses.
+        redis: a client of one server or of a cluster, that does not decode responses.
         retain_epochs: epochs whose scores and losses are kept, the current one counted.
         cache_bytes: bound of the memory that holds blocks of columns.
     """
 
-    def __init__(self, redis: Redis, *, retain_epochs: int, cache_bytes: int) -> None:
+    def __init__(self, redis: Redis | RedisCluster, *, retain_epochs: int, cache_bytes: int) -> None:
         self._redis = redis
         self._retain_epochs = retain_epochs
         self._cache = _BlockCache(cache_bytes)
         folder = importlib.resources.files(__package__) / "scripts"
-        self._scripts = {name: redis.register_script((folder / f"{name}.lua").read_text()) for name in _SCRIPTS}
+        texts = {name: (folder / f"{name}.lua").read_text() for name in _SCRIPTS}
+        member = (folder / "member.lua").read_text()
+        texts |= {name: member + texts[name] for name in _SCRIPTS_OF_MEMBERS}
+        self._scripts = {name: (hashlib.sha1(text.encode()).hexdigest(), text) for name, text in texts.items()}  # noqa: S324  # what Redis calls a script by
 
     async def check(self) -> None:
         """Raises if Redis does not answer, or would throw data away when its memory is full."""
         await cast(Any, self._redis.ping())
-        try:
-            config = await self._redis.config_get("maxmemory-policy")
-        except ResponseError:  # managed services hide CONFIG
-            _log.warning("cannot read Redis's maxmemory-policy: make sure that it is noeviction")
-            return
-        policy = next(iter(config.values()), "noeviction")  # managed services may answer with nothing
-        if policy not in ("noeviction", b"noeviction"):
+        await self._check_is_no_lone_node()
+        targets: list[dict[str, Any]] = [{}]
+        if isinstance(self._redis, RedisCluster):
+            targets = [{"target_nodes": node} for node in self._redis.get_primaries()]
+        for target in targets:
+            try:
+                config = await cast(Any, self._redis).config_get("maxmemory-policy", **target)
+            except ResponseError:  # managed services hide CONFIG
+                _log.warning("cannot read Redis's maxmemory-policy: make sure that it is noeviction")
+                return
+            policy = next(iter(config.values()), "noeviction")  # managed services may answer with nothing
+            if policy in ("noeviction", b"noeviction"):
+                continue
             policy = policy.decode() if isinstance(policy, bytes) else policy
             raise FailedPreconditionError(
                 f"Redis has maxmemory-policy {policy}, which deletes scores when memory runs out: "
                 "set it to noeviction (redis-cli config set maxmemory-policy noeviction)"
             )
 
+    async def _check_is_no_lone_node(self) -> None:
+        """A node of a cluster that is taken for a single server refuses most keys."""
+        if isinstance(self._redis, RedisCluster):
+            return
+        try:
+            hello = await cast(Any, self._redis).execute_command("HELLO")
+        except ResponseError:  # Redis 5
+            return
+        if b"cluster" in (hello.values() if isinstance(hello, dict) else hello):
+            raise FailedPreconditionError(
+                "this Redis is a node of a cluster: name it with redis+cluster://HOST:PORT (or rediss+cluster://)"
+            )
+
     async def close(self) -> None:
         await self._redis.aclose()
 
+    async def probe(self) -> None:
+        """Raises RedisError if the store does not take writes now."""
+        await self._redis.set(keys.PROBE, 1, px=_PROBE_TTL_MS)
+
+    async def announce(self, uid: str) -> None:
+        """Tell all servers that an experiment's head has changed. They would find out by themselves, only later."""
+        with suppress(RedisError):
+            await cast(Any, self._redis.publish(keys.CHANGES, uid))
+
+    async def changes(self) -> AsyncIterator[str]:
+        """uids of experiments whose head has changed, as servers announce them; raises RedisError when cut off."""
+        async with self._redis.pubsub() as pubsub:
+            await pubsub.subscribe(keys.CHANGES)
+            is_answer_due = False
+            while True:
+                message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_TIMEOUT_S)
+                if message is not None and message["type"] == "message":
+                    yield message["data"].decode()
+                elif message is None and is_answer_due:
+                    raise RedisConnectionError("the store has fallen silent")
+                is_answer_due = message is None
+                if is_answer_due:
+                    await pubsub.ping()
+
     async def _run(self, script: str, script_keys: list[str], args: Iterable[Any]) -> Any:
-        return await self._scripts[script](keys=script_keys, args=list(args))
+        digest, text = self._scripts[script]
+        arguments = [len(script_keys), *script_keys, *args]
+        try:
+            return await cast(Any, self._redis.evalsha(digest, *arguments))
+        except NoScriptError:
+            return await cast(Any, self._redis.eval(text, *arguments))
 
     # The head
 
@@ -183,12 +248,15 @@ class Store:
             run_id=fields[b"run_id"].decode(),
             world_size=int(fields[b"world_size"]),
             first_step=int(fields[b"first_step"]),
+            straggler_timeout_ms=int(fields[b"straggler_timeout_ms"]),
+            table_checksum=int(fields[b"table_checksum"]),
             create_time=datetime.datetime.fromtimestamp(int(fields[b"create_time"]), datetime.UTC),
         )
 
     async def status(self, head: Head) -> ExperimentStatus:
         """Everything that is shown of an experiment."""
         finished = await cast(Any, self._redis.smembers(head.keys.finished))
+        pins = await cast(Any, self._redis.hgetall(head.keys.pins))
         counts = (await self.plan_info(head, head.plan_id)).row_counts
         return ExperimentStatus(
             project=head.name.project,
@@ -201,15 +269,18 @@ class Store:
             world_size=head.world_size,
             finished_ranks=tuple(sorted(map(int, finished))),
             create_time=head.create_time,
+            retained_epochs=tuple(await self.retained_epochs(head)),
+            pins={pin.decode(): int(epoch) for pin, epoch in sorted(pins.items())},
             **counts._asdict(),
         )
 
     async def create(self, name: ExperimentName, spec: ExperimentSpec) -> None:
         """Make a head without a planned epoch, unless there is one."""
         await self._finish_deletion(name)
-        seconds, _ = await cast(Any, self._redis.time())
+        uid = secrets.token_hex(8)
         fields: dict[str, Any] = {
-            "uid": secrets.token_hex(8),
+            "uid": uid,
+            "birth_uid": uid,
             "spec": spec_to_proto(spec).SerializeToString(deterministic=True),
             "state": "unplanned",
             "epoch": 0,
@@ -218,11 +289,42 @@ class Store:
             "run_id": "",
             "world_size": 0,
             "first_step": 0,
-            "create_time": seconds,
+            "straggler_timeout_ms": 0,
+            "finish_began_ms": 0,
+            "table_checksum": 0,
+            "create_time": int(time.time()),
         }
         await self._run("create", [keys.head(name)], (item for pair in fields.items() for item in pair))
         # After the head, and by every attempt: a name in the index without a head is mended by whoever lists it.
         await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
+        await self._replicated(name)
+
+    async def _replicated(self, name: ExperimentName) -> None:
+        """Return once a replica has what was written so far, if there is one: then a fail-over does not lose it.
+
+        For a second at most: what is lost all the same is sent again by living clients.
+        """
+        redis = cast(Any, self._redis)
+        timeout_ms = int(1000 * _REPLICATION_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(2 * _REPLICATION_TIMEOUT_S):
+                target = {}
+                if isinstance(self._redis, RedisCluster):
+                    target = {"target_nodes": self._redis.get_node_from_key(keys.head(name))}
+                if not (await redis.info("replication", **target)).get("connected_slaves"):
+                    return
+                pipeline = redis.pipeline(transaction=False)  # WAIT waits for what its own connection has written
+                pipeline.set(keys.replicated(name), 1, px=timeout_ms)
+                pipeline.execute_command("WAIT", 1, timeout_ms, **target)
+                cause = "" if (await pipeline.execute())[1] else "none has confirmed it"
+        except (RedisError, RedisClusterException, TimeoutError) as error:  # managed services hide some commands
+            cause = str(error) or "no answer"
+        if cause:
+            _log.warning("a commit may not be on a replica yet", experiment=name.name, cause=cause)
+
+    async def count_names(self, project: str) -> int:
+        """How many experiments a project has."""
+        return cast(int, await cast(Any, self._redis.zcard(keys.names(project))))
 
     async def list_names(self, project: str, after: str, limit: int) -> list[str]:
         """Up to `limit` names of a project's experiments, in order, that come after `after`."""
@@ -246,19 +348,29 @@ class Store:
 
     async def _finish_deletion(self, name: ExperimentName) -> None:
         """Remove what a tombstone stands for. Repeating it does no harm, so it survives any crash."""
-        deleted_uid, spec = await cast(Any, self._redis.hmget(keys.head(name), "deleted_uid", "spec"))
-        if deleted_uid is None:
+        uid, birth_uid, spec = await cast(Any, self._redis.hmget(keys.head(name), "uid", "birth_uid", "spec"))
+        if uid is not None or birth_uid is None:
             return
-        gone = ExperimentKeys(name, deleted_uid.decode())
+        gone = ExperimentKeys(name, birth_uid.decode())
         for registry in (gone.plans, gone.doomed):
             for plan_id in await cast(Any, self._redis.hkeys(registry)):
                 await self._unlink_plan(gone, _spec(spec), plan_id.decode())
-        rest = [gone.claims, gone.finished, gone.plans, gone.doomed, gone.epochs, gone.turn_lock]
+        rest = [gone.claims, gone.finished, gone.plans, gone.doomed, gone.epochs, gone.pins, gone.runs, gone.turn_lock]
         await self._run("forget", [gone.head, *rest], [gone.uid])
 
     async def join(
-        self, head: Head, *, run_id: str, rank: int, world_size: int, claim: int, given: bool, target: Position
-    ) -> list[Any]:
+        self,
+        head: Head,
+        *,
+        run_id: str,
+        rank: int,
+        world_size: int,
+        straggler_timeout_ms: int,
+        given: bool,
+        target: Position,
+        rejoining_as: Member | None,
+        process_id: str,
+    ) -> list[str]:
         """One atomic attempt to join; see join.lua for the answers."""
         experiment = head.keys
         script_keys = [
@@ -266,18 +378,24 @@ class Store:
             experiment.claims,
             experiment.finished,
             experiment.epochs,
+            experiment.pins,
             experiment.plan(head.plan_id),
+            experiment.runs,
         ]
         position = f"{target.epoch} {target.step}" if given else ""
-        args = [*head.identity(), run_id, rank, world_size, claim, position, target.epoch, target.step]
-        return [
-            item.decode() if isinstance(item, bytes) else item for item in await self._run("join", script_keys, args)
-        ]
+        args = [*head.identity(), run_id, rank, world_size, straggler_timeout_ms, position, *target]
+        args += ["", ""] if rejoining_as is None else [rejoining_as.generation, rejoining_as.claim]
+        args.append(process_id)
+        return [item.decode() for item in await self._run("join", script_keys, args)]
 
-    async def is_current(self, head: Head, member: Member) -> bool:
-        """Whether a member is the latest process of its rank in the latest run."""
-        claim = await cast(Any, self._redis.hget(head.keys.claims, str(member.rank)))
-        return member.generation == head.generation and claim == str(member.claim).encode()
+    async def refusal(self, head: Head, member: Member) -> Literal["superseded", "behind"] | None:
+        """Why a member is not the latest process of its rank in the latest run, if it is not; as in member.lua."""
+        stored = await cast(Any, self._redis.hget(head.keys.claims, str(member.rank)))
+        claim = int(stored) if stored else None
+        if (member.generation, member.claim) == (head.generation, claim):
+            return None
+        is_newer = head.generation == member.generation and claim is not None and claim > member.claim
+        return "superseded" if head.generation > member.generation or is_newer else "behind"
 
     async def unfinished_ranks(self, head: Head) -> list[int]:
         """Ranks that have not finished the current epoch, ascending."""
@@ -290,6 +408,20 @@ class Store:
         script_keys = [experiment.head, experiment.claims, experiment.finished]
         answer = await self._run("finish", script_keys, [head.uid, plan_id, *member, epoch])
         return cast(bytes, answer).decode()
+
+    async def seal(self, head: Head, *, at_once: bool) -> bool:
+        """End the epoch without the ranks that have not finished it; False if that is not due, or the head has changed.
+
+        It is due once the run's straggler time-out is over or, `at_once`, in any case.
+        """
+        args = [head.uid, head.epoch, head.plan_id, head.generation, int(at_once)]
+        return bool(await self._run("seal", [head.keys.head], args))
+
+    async def pin(self, head: Head, name: str, epoch: int | None) -> str:
+        """Keep an epoch under a name, or let go of what it keeps; see pin.lua for the answers."""
+        script_keys = [head.keys.head, head.keys.epochs, head.keys.pins]
+        args = [head.uid, name, "" if epoch is None else epoch, _MAX_PINS]
+        return cast(bytes, await self._run("pin", script_keys, args)).decode()
 
     async def lock_turn(self, head: Head, token: str, ttl_s: float) -> bool:
         """Take or renew the lock of an experiment's turn. It only saves work: what is correct is up to the commit."""
@@ -359,7 +491,14 @@ class Store:
         return True
 
     async def commit(
-        self, head: Head, *, epoch: int, plan_id: str, state: ExperimentState, row_counts: RowCounts
+        self,
+        head: Head,
+        *,
+        epoch: int,
+        plan_id: str,
+        state: ExperimentState,
+        table_checksum: int,
+        row_counts: RowCounts,
     ) -> bool:
         """Move the head to a plan whose columns are complete; False if another got there first."""
         experiment = head.keys
@@ -371,12 +510,16 @@ class Store:
             experiment.plan(plan_id),
         ]
         counts = (item for pair in row_counts._asdict().items() for item in pair)
-        return bool(await self._run("commit", script_keys, [*head.identity(), epoch, plan_id, state, *counts]))
+        args = [*head.identity(), epoch, plan_id, state, table_checksum, *counts]
+        is_committed = bool(await self._run("commit", script_keys, args))
+        if is_committed:
+            await self._replicated(head.name)
+        return is_committed
 
     async def collect(self, head: Head, *, lost_plan: str = "") -> None:
         """Remove what is no longer needed: old epochs, past epochs' tables, plans that lost. Repeatable."""
         experiment = head.keys
-        script_keys = [experiment.head, experiment.plans, experiment.epochs, experiment.doomed]
+        script_keys = [experiment.head, experiment.plans, experiment.epochs, experiment.doomed, experiment.pins]
         for plan_id in await self._run("retire", script_keys, [head.uid, self._retain_epochs, lost_plan]):
             await self._unlink_plan(experiment, head.spec, plan_id.decode())
             await cast(Any, self._redis.hdel(experiment.doomed, plan_id))

@@ -787,6 +787,51 @@ def test_a_new_loader_stands_where_its_experiment_does(client: evosample.Client,
     assert loader.state_dict() == {"experiment": name, "epoch": 2, "step": 0}
 
 
+def test_an_epoch_that_the_others_end_is_over_for_the_loader_too_and_it_goes_on_with_the_next(
+    client: evosample.Client, name: str
+) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    loader = ids_loader(experiment, world_size=2, run_id="job", rank=0)
+    taken = 0
+    for batch in loader:
+        loader.mean(loss_of(batch))
+        taken += 1
+        if taken == 2:
+            loader.state_dict()  # what is handed over is in the store
+            assert experiment.force_finish(0) == (0, 1)
+        if taken == 3:
+            loader.state_dict()  # by now it knows
+    assert 3 <= taken < STEPS
+    assert loader.position == (1, 0)
+    for batch in loader:
+        assert len(batch) == MINI // 2
+        loader.mean(loss_of(batch))
+        break
+    assert loader.position == (1, 1)
+
+
+def test_with_uniform_draws_a_loader_outlives_its_server(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    with evosample.connect(server.address, outage_timeout_s=1) as client:
+        experiment = client.create_experiment("e", **SETTINGS)
+        loader = ids_loader(experiment, run_options={"on_unavailable": "uniform"})
+        num_rows = []
+        for epoch in range(EPOCHS):
+            num_rows.append(0)
+            for batch in loader:
+                if loader.position == (1, 2):
+                    server.kill()
+                if loader.position == (2, 3):
+                    server.restart()
+                num_rows[-1] += len(batch)
+                loader.mean(loss_of(batch))
+        assert num_rows == [N, MINI * STEPS, MINI * STEPS, N]
+        assert experiment.export_scores().epoch == EPOCHS
+        status = experiment.status()
+    assert status.state == "finished"
+    assert status.unreported_rows == N, "those of the epoch without a server"
+
+
 def test_the_state_of_another_experiment_is_refused(client: evosample.Client, name: str) -> None:
     loader = ids_loader(client.create_experiment(name, **SETTINGS))
     with pytest.raises(evosample.InvalidArgumentError, match=f"experiment 'other', the loader to '{name}'"):

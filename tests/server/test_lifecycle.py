@@ -139,10 +139,24 @@ def test_an_address_in_use_is_explained(start_server: Callable[..., ServerProces
     assert "Traceback" not in refused.stderr
 
 
-def test_a_server_whose_store_was_killed_ends_and_says_so(start_server: Callable[..., ServerProcess]) -> None:
+def test_an_embedded_store_that_was_killed_is_started_again(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server()
+    with evosample.connect(server.address) as client:
+        experiment = client.create_experiment("e", **SETTINGS)
+        os.kill(server.store_pid, signal.SIGKILL)
+        train(experiment, fixed_losses(100, 3))
+        assert experiment.status().state == "finished"
+
+
+def test_a_server_whose_store_ends_again_and_again_ends_and_says_so(
+    start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    server = start_server()
+    for file in (tmp_path / "data0" / "appendonlydir").glob("*.manifest"):
+        file.write_text("nonsense")
     os.kill(server.store_pid, signal.SIGKILL)
     assert server.process.wait(30) == 1
+    assert "ends as soon as it has started" in (tmp_path / "data0.log").read_text()
 
 
 def test_a_redis_of_ones_own_serves_as_well_and_is_left_running(start_server: Callable[..., ServerProcess]) -> None:

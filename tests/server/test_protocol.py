@@ -417,7 +417,6 @@ def test_listing_is_paged_and_in_order(stub: pb_grpc.SelectionServiceStub) -> No
 
 
 def test_what_is_not_there_yet_says_so(stub: pb_grpc.SelectionServiceStub) -> None:
-    assert refused(stub.ImportScores, iter([]))[0] == "UNIMPLEMENTED"
     assert refused(stub.WatchExperiment, pb.WatchExperimentRequest())[0] == "UNIMPLEMENTED"
 
 
@@ -445,4 +444,4 @@ def test_scores_of_epochs_that_are_no_longer_retained_are_refused(
     old = pb.JoinRunRequest(ref=job.ref, run_id="back", world_size=1, position=pb.Position(epoch=1))
     code, _, message = refused(stub.JoinRun, old)
     assert code == "FAILED_PRECONDITION"
-    assert "the oldest is 2" in message
+    assert "keeps the scores of epochs 2, 3" in message

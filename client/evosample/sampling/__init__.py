@@ -2,13 +2,22 @@
 
 from evosample.sampling.checks import InvalidValue, check_int, check_name
 from evosample.sampling.epoch import FoldCounts, Table, fold_epoch, keep_samples, permutation, plan_epoch
-from evosample.sampling.layout import checksum, loss_bits, losses_of_bits, part, recorded_losses, sample_id_dtype
+from evosample.sampling.layout import (
+    checksum,
+    loss_bits,
+    losses_of_bits,
+    part,
+    recorded_losses,
+    sample_id_dtype,
+    table_checksum,
+)
 from evosample.sampling.philox import Purpose, exponentials, random_bits
 from evosample.sampling.policies import EvolvedSampling, Policy, RandomSubset, Uniform
 from evosample.sampling.race import Draw, race
 from evosample.sampling.scores import (
     Scores,
     check_losses,
+    check_scores,
     initial_scores,
     updated_sampling_weights,
     updated_scores,
@@ -34,6 +43,7 @@ __all__ = [
     "check_int",
     "check_losses",
     "check_name",
+    "check_scores",
     "checksum",
     "exponentials",
     "fold_epoch",
@@ -49,6 +59,7 @@ __all__ = [
     "recorded_losses",
     "sample_id_dtype",
     "select_mini_batch",
+    "table_checksum",
     "updated_sampling_weights",
     "updated_scores",
 ]

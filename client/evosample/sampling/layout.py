@@ -47,6 +47,15 @@ def recorded_losses(losses: NDArray[np.float32]) -> tuple[NDArray[np.float32], i
     return (np.where(finite, losses, np.float32(np.inf)) if num_non_finite else losses), num_non_finite
 
 
+def table_checksum(*columns: NDArray[Any] | None) -> int:
+    """CRC-32 (zlib's) of a table's columns as they are stored, one after the other; what is None is left out."""
+    crc = 0
+    for rows in columns:
+        if rows is not None:
+            crc = zlib.crc32(rows.astype(rows.dtype.newbyteorder("<"), copy=False).data, crc)
+    return crc
+
+
 def checksum(losses: NDArray[np.float32]) -> int:
     """CRC-32 (zlib's) of a part's losses of one epoch as they are stored, little-endian, in the part's order."""
     return zlib.crc32(np.ascontiguousarray(loss_bits(losses).astype("<u4", copy=False)).data)

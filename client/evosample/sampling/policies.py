@@ -28,7 +28,7 @@ class Policy:
     beta2: float = 0.9
     prune_ratio: float = 0.0
 
-    def is_annealing(self, epoch: int, num_epochs: int) -> bool:
+    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
         """Whether every sample of `epoch` is trained on, without pruning, selection or a scoring pass."""
         return False
 
@@ -58,7 +58,8 @@ class EvolvedSampling(Policy):
         beta2: weight of the past in s, in [0, 1]. Default: 0.9, with pruning 0.8.
         prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1).
         annealing: share of the epochs, in [0, 1), that train on everything at either end of the run: the first
-            max(1, ceil(annealing * num_epochs)) and the last ceil(annealing * num_epochs).
+            max(1, ceil(annealing * num_epochs)), but none where scores are imported, and the last
+            ceil(annealing * num_epochs).
 
     Raises:
         InvalidValue: a setting is out of range.
@@ -82,9 +83,9 @@ class EvolvedSampling(Policy):
         check_ratio("prune_ratio", self.prune_ratio, high_inclusive=False)
         check_ratio("annealing", self.annealing, high_inclusive=False)
 
-    def is_annealing(self, epoch: int, num_epochs: int) -> bool:
+    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
         share = math.ceil(self.annealing * num_epochs - 1e-9)  # 0.1 * 30 is a little over 3 in floating point
-        return epoch < max(1, share) or epoch >= num_epochs - share
+        return epoch < (0 if warm_start else max(1, share)) or epoch >= num_epochs - share
 
     def prune_weights(self, sampling_weights: NDArray[np.float32]) -> NDArray[np.float32]:
         return sampling_weights
@@ -94,7 +95,7 @@ class EvolvedSampling(Policy):
 class Uniform(Policy):
     """Train on everything: a shuffled pass over the dataset an epoch. `mini_batch_size` is not used."""
 
-    def is_annealing(self, epoch: int, num_epochs: int) -> bool:
+    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
         return True
 
 

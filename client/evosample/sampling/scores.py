@@ -24,6 +24,14 @@ class Scores(NamedTuple):
     num_visits: NDArray[np.uint32]
 
 
+def check_scores(field: str, values: NDArray[np.float32]) -> None:
+    """Raises InvalidValue unless all are finite and >= 0, as scores and sampling weights are."""
+    bad = ~(np.isfinite(values) & (values >= 0))
+    if bad.any():
+        position = int(np.argmax(bad))
+        raise InvalidValue(field, float(values[position]), f"finite values >= 0 (this one is at position {position})")
+
+
 def initial_scores(num_samples: int) -> Scores:
     """s_i = w_i = 1/n, never visited."""
     start = np.float32(1 / num_samples)

@@ -19,8 +19,8 @@ ImportanceWeight = Literal["none", "unbiased", "self_normalized"]
 
 
 @lru_cache(maxsize=1024)  # schedules ask at every step, and a run may have very many epochs
-def _num_annealing_before(policy: Policy, num_epochs: int, epoch: int) -> int:
-    return sum(policy.is_annealing(earlier, num_epochs) for earlier in range(epoch))
+def _num_annealing_before(policy: Policy, num_epochs: int, warm_start: bool, epoch: int) -> int:
+    return sum(policy.is_annealing(earlier, num_epochs, warm_start=warm_start) for earlier in range(epoch))
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ExperimentSpec:
         importance_weight: "none" (all ones), "unbiased" (mean(importance_weight * loss) over a mini-batch estimates
             the mean loss over the dataset) or "self_normalized" (the same, scaled to a mean of 1 in a mini-batch).
         seed: 0 <= seed < 2**64.
+        warm_start: scores will be imported: selection begins with the first epoch.
 
     Raises:
         InvalidValue: a value is out of range, an epoch could have no step, or no step would ever select.
@@ -77,6 +78,7 @@ class ExperimentSpec:
     policy: Policy = EvolvedSampling()
     importance_weight: ImportanceWeight = "none"
     seed: int = 0
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         check = self._check_int
@@ -89,6 +91,8 @@ class ExperimentSpec:
         check("seed", 0, 2**64 - 1)
         if not isinstance(self.policy, Policy):
             raise InvalidValue("policy", self.policy, "a policy, such as evosample.EvolvedSampling(prune_ratio=0.2)")
+        if not isinstance(self.warm_start, bool):
+            raise InvalidValue("warm_start", self.warm_start, "True or False")
         if self.importance_weight not in get_args(ImportanceWeight):
             raise InvalidValue(
                 "importance_weight", self.importance_weight, f"one of {', '.join(get_args(ImportanceWeight))}"
@@ -125,7 +129,7 @@ class ExperimentSpec:
             raise InvalidValue(
                 "num_epochs",
                 self.num_epochs,
-                "enough epochs that one is not annealing (the first always is, and by default the last): "
+                "enough epochs that one is not annealing (without a warm start the first is, and by default the last): "
                 "otherwise nothing would ever be selected. To train on everything use Uniform()",
             )
 
@@ -137,11 +141,14 @@ class ExperimentSpec:
     @property
     def num_annealing_epochs(self) -> int:
         """How many of the epochs are annealing."""
-        return _num_annealing_before(self.policy, self.num_epochs, self.num_epochs)
+        return self._num_annealing_before(self.num_epochs)
+
+    def _num_annealing_before(self, epoch: int) -> int:
+        return _num_annealing_before(self.policy, self.num_epochs, self.warm_start, epoch)
 
     def shape(self, epoch: int) -> EpochShape:
         """The sizes of `epoch`, 0 <= epoch < num_epochs."""
-        if self.policy.is_annealing(epoch, self.num_epochs):
+        if self.policy.is_annealing(epoch, self.num_epochs, warm_start=self.warm_start):
             return self._shape(self.num_samples, self.meta_batch_size, self.meta_batch_size, is_annealing=True)
         step_rows = self.meta_batch_size if self.policy.scores_meta_batch else self.mini_batch_size
         return self._shape(self._num_kept, step_rows, self.mini_batch_size, is_annealing=False)
@@ -151,7 +158,7 @@ class ExperimentSpec:
 
     def num_steps_before(self, epoch: int) -> int:
         """Steps of the epochs before `epoch`, 0 <= epoch <= num_epochs."""
-        num_annealing = _num_annealing_before(self.policy, self.num_epochs, epoch)
+        num_annealing = self._num_annealing_before(epoch)
         full = self.num_samples // self.meta_batch_size
         return num_annealing * full + (epoch - num_annealing) * (self._num_kept // self.meta_batch_size)
 

@@ -122,8 +122,8 @@ class EvolvedSampling(google.protobuf.message.Message):
     prune_ratio: builtins.float
     """Share of the samples that an epoch leaves out, in [0, 1). Unset: 0."""
     annealing: builtins.float
-    """Share of the epochs, in [0, 1), that train on everything: the first max(1, ceil(share * num_epochs)) and the last
-    ceil(share * num_epochs). Unset: 0.05.
+    """Share of the epochs, in [0, 1), that train on everything: the first max(1, ceil(share * num_epochs)) (none with
+    `warm_start`) and the last ceil(share * num_epochs). Unset: 0.05.
     """
     def __init__(
         self,
@@ -193,6 +193,7 @@ class ExperimentSpec(google.protobuf.message.Message):
     RANDOM_SUBSET_FIELD_NUMBER: builtins.int
     IMPORTANCE_WEIGHT_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    WARM_START_FIELD_NUMBER: builtins.int
     num_samples: builtins.int
     """n, from 1 to 2^40; sample ids are 0 to n - 1. A server may set a lower bound: RESOURCE_EXHAUSTED."""
     num_epochs: builtins.int
@@ -204,6 +205,8 @@ class ExperimentSpec(google.protobuf.message.Message):
     importance_weight: global___ImportanceWeight.ValueType
     seed: builtins.int
     """Any value; unset: 0."""
+    warm_start: builtins.bool
+    """Scores will be imported: selection begins with the first epoch, without annealing."""
     @property
     def evolved_sampling(self) -> global___EvolvedSampling: ...
     @property
@@ -222,9 +225,10 @@ class ExperimentSpec(google.protobuf.message.Message):
         random_subset: global___RandomSubset | None = ...,
         importance_weight: global___ImportanceWeight.ValueType = ...,
         seed: builtins.int = ...,
+        warm_start: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "mini_batch_size", b"mini_batch_size", "policy", b"policy", "random_subset", b"random_subset", "uniform", b"uniform"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "importance_weight", b"importance_weight", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "num_epochs", b"num_epochs", "num_samples", b"num_samples", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "uniform", b"uniform"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "importance_weight", b"importance_weight", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "num_epochs", b"num_epochs", "num_samples", b"num_samples", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mini_batch_size", b"_mini_batch_size"]) -> typing.Literal["mini_batch_size"] | None: ...
     @typing.overload
@@ -258,6 +262,22 @@ global___Position = Position
 class Experiment(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class PinsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     REF_FIELD_NUMBER: builtins.int
     SPEC_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
@@ -269,6 +289,8 @@ class Experiment(google.protobuf.message.Message):
     NON_FINITE_ROWS_FIELD_NUMBER: builtins.int
     UNREPORTED_ROWS_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    RETAINED_EPOCHS_FIELD_NUMBER: builtins.int
+    PINS_FIELD_NUMBER: builtins.int
     state: global___ExperimentState.ValueType
     epoch: builtins.int
     """The current epoch; num_epochs once FINISHED."""
@@ -296,6 +318,14 @@ class Experiment(google.protobuf.message.Message):
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def retained_epochs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Epochs whose scores and losses are kept: a run can go back to these. Ascending, the current one included."""
+
+    @property
+    def pins(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Name -> epoch of what PinEpoch keeps."""
+
     def __init__(
         self,
         *,
@@ -310,9 +340,11 @@ class Experiment(google.protobuf.message.Message):
         non_finite_rows: builtins.int = ...,
         unreported_rows: builtins.int = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        retained_epochs: collections.abc.Iterable[builtins.int] | None = ...,
+        pins: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "ref", b"ref", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "epoch", b"epoch", "finished_ranks", b"finished_ranks", "generation", b"generation", "non_finite_rows", b"non_finite_rows", "ref", b"ref", "spec", b"spec", "state", b"state", "unreported_rows", b"unreported_rows", "visited_rows", b"visited_rows", "world_size", b"world_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "epoch", b"epoch", "finished_ranks", b"finished_ranks", "generation", b"generation", "non_finite_rows", b"non_finite_rows", "pins", b"pins", "ref", b"ref", "retained_epochs", b"retained_epochs", "spec", b"spec", "state", b"state", "unreported_rows", b"unreported_rows", "visited_rows", b"visited_rows", "world_size", b"world_size"]) -> None: ...
 
 global___Experiment = Experiment
 
@@ -470,12 +502,28 @@ class JoinRunRequest(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    CURRENT_IF_NOT_RETAINED_FIELD_NUMBER: builtins.int
+    STRAGGLER_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    REJOINING_AS_FIELD_NUMBER: builtins.int
+    PROCESS_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
-    """The same on all ranks of one start of a job, and another for every start: 1 to 128 characters as in a name."""
+    """The same on all ranks of one start of a job, and another for every start: 1 to 128 characters as in a name. One that
+    an earlier run had gets ABORTED.
+    """
     rank: builtins.int
     """From 0 to world_size - 1."""
     world_size: builtins.int
     """Must divide both the meta-batch and the mini-batch size."""
+    current_if_not_retained: builtins.bool
+    """Go on at the start of the current epoch where `position` would be EPOCH_NOT_RETAINED."""
+    straggler_timeout_ms: builtins.int
+    """How long after the first rank has finished an epoch the others are waited for, by the store's clock; then the epoch
+    ends without them as by ForceFinishEpoch. Unset: for ever. INVALID_ARGUMENT if it differs from that of the run.
+    """
+    process_id: builtins.str
+    """Names the process that joins, apart from all others: 1 to 128 characters as in a name. Joining again it gets the claim
+    that it has, or ABORTED if another process has joined as this rank since.
+    """
     @property
     def ref(self) -> global___ExperimentRef:
         """With uid."""
@@ -483,7 +531,14 @@ class JoinRunRequest(google.protobuf.message.Message):
     @property
     def position(self) -> global___Position:
         """Where the job continues. Unset: at the start of the current epoch or, when joining a run, where that began.
-        FAILED_PRECONDITION if its epoch is no longer retained or not reached yet.
+        EPOCH_NOT_RETAINED if its epoch is no longer retained or not reached yet.
+        """
+
+    @property
+    def rejoining_as(self) -> global___Member:
+        """What this process has from its latest JoinRun of this run, when the store seems to have lost something. Then nobody
+        who has joined since is superseded: ABORTED instead. `position`, as that JoinRun answered with, only counts where the
+        store has lost the run.
         """
 
     def __init__(
@@ -494,10 +549,17 @@ class JoinRunRequest(google.protobuf.message.Message):
         rank: builtins.int = ...,
         world_size: builtins.int = ...,
         position: global___Position | None = ...,
+        current_if_not_retained: builtins.bool = ...,
+        straggler_timeout_ms: builtins.int | None = ...,
+        rejoining_as: global___Member | None = ...,
+        process_id: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_position", b"_position", "position", b"position", "ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_position", b"_position", "position", b"position", "rank", b"rank", "ref", b"ref", "run_id", b"run_id", "world_size", b"world_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_position", b"_position", "_straggler_timeout_ms", b"_straggler_timeout_ms", "position", b"position", "ref", b"ref", "rejoining_as", b"rejoining_as", "straggler_timeout_ms", b"straggler_timeout_ms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_position", b"_position", "_straggler_timeout_ms", b"_straggler_timeout_ms", "current_if_not_retained", b"current_if_not_retained", "position", b"position", "process_id", b"process_id", "rank", b"rank", "ref", b"ref", "rejoining_as", b"rejoining_as", "run_id", b"run_id", "straggler_timeout_ms", b"straggler_timeout_ms", "world_size", b"world_size"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_position", b"_position"]) -> typing.Literal["position"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_straggler_timeout_ms", b"_straggler_timeout_ms"]) -> typing.Literal["straggler_timeout_ms"] | None: ...
 
 global___JoinRunRequest = JoinRunRequest
 
@@ -510,7 +572,7 @@ class JoinRunResponse(google.protobuf.message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     generation: builtins.int
     claim: builtins.int
-    """Proof that a request comes from this rank's latest process. Pass it on in Member."""
+    """Proof that a request comes from this rank's latest process: later ones are larger. Pass it on in Member."""
     @property
     def position(self) -> global___Position:
         """Where the run stands: stream from here."""
@@ -566,7 +628,7 @@ class StreamEpochRequest(google.protobuf.message.Message):
     FIRST_STEP_FIELD_NUMBER: builtins.int
     MAX_STEPS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
-    """The current epoch or the next one; FAILED_PRECONDITION for a past one."""
+    """The current epoch or the next one; EPOCH_CLOSED for a past one, STORE_BEHIND for a later one."""
     first_step: builtins.int
     """From 0 to the epoch's number of steps."""
     max_steps: builtins.int
@@ -642,6 +704,7 @@ class EpochStart(google.protobuf.message.Message):
     NUM_STEPS_FIELD_NUMBER: builtins.int
     STEP_ROWS_FIELD_NUMBER: builtins.int
     TRAINED_ROWS_FIELD_NUMBER: builtins.int
+    TABLE_CHECKSUM_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Names this plan of the epoch in reports."""
     num_steps: builtins.int
@@ -651,6 +714,10 @@ class EpochStart(google.protobuf.message.Message):
     """Rows of a step that are back-propagated. Fewer than step_rows: each step draws them from the losses of a scoring
     pass. Equal: all are trained on, with one ordinary forward and backward pass.
     """
+    table_checksum: builtins.int
+    """CRC-32 (as zlib's) of the whole table: its columns as bytes, sample ids first. If the store has lost the plan of an
+    epoch and it was planned again, tells whether its rows are still the same.
+    """
     def __init__(
         self,
         *,
@@ -658,8 +725,9 @@ class EpochStart(google.protobuf.message.Message):
         num_steps: builtins.int = ...,
         step_rows: builtins.int = ...,
         trained_rows: builtins.int = ...,
+        table_checksum: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["num_steps", b"num_steps", "plan_id", b"plan_id", "step_rows", b"step_rows", "trained_rows", b"trained_rows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_steps", b"num_steps", "plan_id", b"plan_id", "step_rows", b"step_rows", "table_checksum", b"table_checksum", "trained_rows", b"trained_rows"]) -> None: ...
 
 global___EpochStart = EpochStart
 
@@ -877,19 +945,102 @@ class FinishEpochResponse(google.protobuf.message.Message):
 global___FinishEpochResponse = FinishEpochResponse
 
 @typing.final
+class ForceFinishEpochRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """The epoch to end. FAILED_PRECONDITION if it is not reached yet."""
+    @property
+    def ref(self) -> global___ExperimentRef: ...
+    def __init__(
+        self,
+        *,
+        ref: global___ExperimentRef | None = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "ref", b"ref"]) -> None: ...
+
+global___ForceFinishEpochRequest = ForceFinishEpochRequest
+
+@typing.final
+class ForceFinishEpochResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SKIPPED_RANKS_FIELD_NUMBER: builtins.int
+    @property
+    def skipped_ranks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ranks that had not finished: the first 100, ascending."""
+
+    def __init__(
+        self,
+        *,
+        skipped_ranks: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["skipped_ranks", b"skipped_ranks"]) -> None: ...
+
+global___ForceFinishEpochResponse = ForceFinishEpochResponse
+
+@typing.final
+class PinEpochRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    PIN_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    pin: builtins.str
+    """1 to 128 characters as in a name."""
+    epoch: builtins.int
+    """What it keeps from now on, instead of what it kept before. Unset: nothing."""
+    @property
+    def ref(self) -> global___ExperimentRef: ...
+    def __init__(
+        self,
+        *,
+        ref: global___ExperimentRef | None = ...,
+        pin: builtins.str = ...,
+        epoch: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "pin", b"pin", "ref", b"ref"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_epoch", b"_epoch"]) -> typing.Literal["epoch"] | None: ...
+
+global___PinEpochRequest = PinEpochRequest
+
+@typing.final
+class PinEpochResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___PinEpochResponse = PinEpochResponse
+
+@typing.final
 class ImportScoresRequest(google.protobuf.message.Message):
+    """Consecutive samples; the messages together bring all samples, from 0 on and in order."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
     FIRST_SAMPLE_FIELD_NUMBER: builtins.int
     SCORES_FIELD_NUMBER: builtins.int
     SAMPLING_WEIGHTS_FIELD_NUMBER: builtins.int
+    NUM_VISITS_FIELD_NUMBER: builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: builtins.int
     first_sample: builtins.int
-    """The samples that the columns of this message begin with."""
+    """The sample that the columns of this message begin with."""
     scores: builtins.bytes
-    """float32 a sample."""
+    """float32 a sample; finite, >= 0."""
     sampling_weights: builtins.bytes
-    """float32 a sample."""
+    """float32 a sample; finite, >= 0."""
+    num_visits: builtins.bytes
+    """uint32 a sample: finite losses behind its score. Samples with 0 are visited before all others. Empty: 1 each."""
+    num_samples: builtins.int
+    """In the first message only: samples that follow in all. INVALID_ARGUMENT unless the experiment has as many."""
     @property
     def ref(self) -> global___ExperimentRef:
         """In the first message only."""
@@ -901,9 +1052,11 @@ class ImportScoresRequest(google.protobuf.message.Message):
         first_sample: builtins.int = ...,
         scores: builtins.bytes = ...,
         sampling_weights: builtins.bytes = ...,
+        num_visits: builtins.bytes = ...,
+        num_samples: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_sample", b"first_sample", "ref", b"ref", "sampling_weights", b"sampling_weights", "scores", b"scores"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_sample", b"first_sample", "num_samples", b"num_samples", "num_visits", b"num_visits", "ref", b"ref", "sampling_weights", b"sampling_weights", "scores", b"scores"]) -> None: ...
 
 global___ImportScoresRequest = ImportScoresRequest
 

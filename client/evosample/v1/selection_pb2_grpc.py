@@ -42,6 +42,10 @@ class SelectionServiceStub(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     def __init__(self, channel):
@@ -95,6 +99,16 @@ class SelectionServiceStub(object):
                 request_serializer=evosample_dot_v1_dot_selection__pb2.FinishEpochRequest.SerializeToString,
                 response_deserializer=evosample_dot_v1_dot_selection__pb2.FinishEpochResponse.FromString,
                 _registered_method=True)
+        self.ForceFinishEpoch = channel.unary_unary(
+                '/evosample.v1.SelectionService/ForceFinishEpoch',
+                request_serializer=evosample_dot_v1_dot_selection__pb2.ForceFinishEpochRequest.SerializeToString,
+                response_deserializer=evosample_dot_v1_dot_selection__pb2.ForceFinishEpochResponse.FromString,
+                _registered_method=True)
+        self.PinEpoch = channel.unary_unary(
+                '/evosample.v1.SelectionService/PinEpoch',
+                request_serializer=evosample_dot_v1_dot_selection__pb2.PinEpochRequest.SerializeToString,
+                response_deserializer=evosample_dot_v1_dot_selection__pb2.PinEpochResponse.FromString,
+                _registered_method=True)
         self.ImportScores = channel.stream_unary(
                 '/evosample.v1.SelectionService/ImportScores',
                 request_serializer=evosample_dot_v1_dot_selection__pb2.ImportScoresRequest.SerializeToString,
@@ -129,6 +143,10 @@ class SelectionServiceServicer(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     def CreateExperiment(self, request, context):
@@ -165,7 +183,9 @@ class SelectionServiceServicer(object):
         """Makes the caller a rank of a run. The first call with a new run_id starts a new generation: it fixes the world size,
         goes to `position` (back to a retained epoch if need be), forgets the losses at or after it, and supersedes the
         run before. Later calls with that run_id join it; another world size or position is then INVALID_ARGUMENT.
-        Safe to retry: it only makes a new claim, and what holds the older claim of this rank gets ABORTED.
+        Where `process_id` is given it is idempotent. Without, a retry makes a new claim, which is as safe: what holds an
+        older claim of this rank gets ABORTED.
+        FAILED_PRECONDITION with the reason EPOCH_NOT_RETAINED: the position's epoch is not there, nothing has changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,8 +226,27 @@ class SelectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForceFinishEpoch(self, request, context):
+        """Ends an epoch without the ranks that have yet to finish it: what they have reported counts, what they report later
+        gets EPOCH_CLOSED. For administrators; see also JoinRunRequest.straggler_timeout_ms. Safe to retry: an epoch that has
+        ended is left alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinEpoch(self, request, context):
+        """Keeps an epoch's scores and losses under a name (of a checkpoint, say) beyond the retained epochs, so that a run can
+        go back to it; or lets go of what that name keeps. Idempotent. FAILED_PRECONDITION with the reason
+        EPOCH_NOT_RETAINED if the epoch is not there any more, RESOURCE_EXHAUSTED over 16 names an experiment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ImportScores(self, request_iterator, context):
-        """Starts an experiment from known scores, before its first loss is reported. Not implemented yet: UNIMPLEMENTED.
+        """Starts an experiment from known scores, before its first run joins: FAILED_PRECONDITION from then on. Either all of
+        them are imported or none. Safe to retry as a whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -275,6 +314,16 @@ def add_SelectionServiceServicer_to_server(servicer, server):
                     request_deserializer=evosample_dot_v1_dot_selection__pb2.FinishEpochRequest.FromString,
                     response_serializer=evosample_dot_v1_dot_selection__pb2.FinishEpochResponse.SerializeToString,
             ),
+            'ForceFinishEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForceFinishEpoch,
+                    request_deserializer=evosample_dot_v1_dot_selection__pb2.ForceFinishEpochRequest.FromString,
+                    response_serializer=evosample_dot_v1_dot_selection__pb2.ForceFinishEpochResponse.SerializeToString,
+            ),
+            'PinEpoch': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinEpoch,
+                    request_deserializer=evosample_dot_v1_dot_selection__pb2.PinEpochRequest.FromString,
+                    response_serializer=evosample_dot_v1_dot_selection__pb2.PinEpochResponse.SerializeToString,
+            ),
             'ImportScores': grpc.stream_unary_rpc_method_handler(
                     servicer.ImportScores,
                     request_deserializer=evosample_dot_v1_dot_selection__pb2.ImportScoresRequest.FromString,
@@ -315,6 +364,10 @@ class SelectionService(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     @staticmethod
@@ -550,6 +603,60 @@ class SelectionService(object):
             '/evosample.v1.SelectionService/FinishEpoch',
             evosample_dot_v1_dot_selection__pb2.FinishEpochRequest.SerializeToString,
             evosample_dot_v1_dot_selection__pb2.FinishEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForceFinishEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/evosample.v1.SelectionService/ForceFinishEpoch',
+            evosample_dot_v1_dot_selection__pb2.ForceFinishEpochRequest.SerializeToString,
+            evosample_dot_v1_dot_selection__pb2.ForceFinishEpochResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinEpoch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/evosample.v1.SelectionService/PinEpoch',
+            evosample_dot_v1_dot_selection__pb2.PinEpochRequest.SerializeToString,
+            evosample_dot_v1_dot_selection__pb2.PinEpochResponse.FromString,
             options,
             channel_credentials,
             insecure,

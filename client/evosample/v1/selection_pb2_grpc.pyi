@@ -34,6 +34,10 @@ class SelectionServiceStub:
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -72,7 +76,9 @@ class SelectionServiceStub:
     """Makes the caller a rank of a run. The first call with a new run_id starts a new generation: it fixes the world size,
     goes to `position` (back to a retained epoch if need be), forgets the losses at or after it, and supersedes the
     run before. Later calls with that run_id join it; another world size or position is then INVALID_ARGUMENT.
-    Safe to retry: it only makes a new claim, and what holds the older claim of this rank gets ABORTED.
+    Where `process_id` is given it is idempotent. Without, a retry makes a new claim, which is as safe: what holds an
+    older claim of this rank gets ABORTED.
+    FAILED_PRECONDITION with the reason EPOCH_NOT_RETAINED: the position's epoch is not there, nothing has changed.
     """
 
     StreamEpoch: grpc.UnaryStreamMultiCallable[
@@ -110,11 +116,31 @@ class SelectionServiceStub:
     reported, nothing happens and `missing_steps` names what to send again. Idempotent, also after the epoch has ended.
     """
 
+    ForceFinishEpoch: grpc.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.ForceFinishEpochRequest,
+        evosample.v1.selection_pb2.ForceFinishEpochResponse,
+    ]
+    """Ends an epoch without the ranks that have yet to finish it: what they have reported counts, what they report later
+    gets EPOCH_CLOSED. For administrators; see also JoinRunRequest.straggler_timeout_ms. Safe to retry: an epoch that has
+    ended is left alone.
+    """
+
+    PinEpoch: grpc.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.PinEpochRequest,
+        evosample.v1.selection_pb2.PinEpochResponse,
+    ]
+    """Keeps an epoch's scores and losses under a name (of a checkpoint, say) beyond the retained epochs, so that a run can
+    go back to it; or lets go of what that name keeps. Idempotent. FAILED_PRECONDITION with the reason
+    EPOCH_NOT_RETAINED if the epoch is not there any more, RESOURCE_EXHAUSTED over 16 names an experiment.
+    """
+
     ImportScores: grpc.StreamUnaryMultiCallable[
         evosample.v1.selection_pb2.ImportScoresRequest,
         evosample.v1.selection_pb2.ImportScoresResponse,
     ]
-    """Starts an experiment from known scores, before its first loss is reported. Not implemented yet: UNIMPLEMENTED."""
+    """Starts an experiment from known scores, before its first run joins: FAILED_PRECONDITION from then on. Either all of
+    them are imported or none. Safe to retry as a whole.
+    """
 
     ExportScores: grpc.UnaryStreamMultiCallable[
         evosample.v1.selection_pb2.ExportScoresRequest,
@@ -145,6 +171,10 @@ class SelectionServiceAsyncStub:
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     CreateExperiment: grpc.aio.UnaryUnaryMultiCallable[
@@ -182,7 +212,9 @@ class SelectionServiceAsyncStub:
     """Makes the caller a rank of a run. The first call with a new run_id starts a new generation: it fixes the world size,
     goes to `position` (back to a retained epoch if need be), forgets the losses at or after it, and supersedes the
     run before. Later calls with that run_id join it; another world size or position is then INVALID_ARGUMENT.
-    Safe to retry: it only makes a new claim, and what holds the older claim of this rank gets ABORTED.
+    Where `process_id` is given it is idempotent. Without, a retry makes a new claim, which is as safe: what holds an
+    older claim of this rank gets ABORTED.
+    FAILED_PRECONDITION with the reason EPOCH_NOT_RETAINED: the position's epoch is not there, nothing has changed.
     """
 
     StreamEpoch: grpc.aio.UnaryStreamMultiCallable[
@@ -220,11 +252,31 @@ class SelectionServiceAsyncStub:
     reported, nothing happens and `missing_steps` names what to send again. Idempotent, also after the epoch has ended.
     """
 
+    ForceFinishEpoch: grpc.aio.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.ForceFinishEpochRequest,
+        evosample.v1.selection_pb2.ForceFinishEpochResponse,
+    ]
+    """Ends an epoch without the ranks that have yet to finish it: what they have reported counts, what they report later
+    gets EPOCH_CLOSED. For administrators; see also JoinRunRequest.straggler_timeout_ms. Safe to retry: an epoch that has
+    ended is left alone.
+    """
+
+    PinEpoch: grpc.aio.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.PinEpochRequest,
+        evosample.v1.selection_pb2.PinEpochResponse,
+    ]
+    """Keeps an epoch's scores and losses under a name (of a checkpoint, say) beyond the retained epochs, so that a run can
+    go back to it; or lets go of what that name keeps. Idempotent. FAILED_PRECONDITION with the reason
+    EPOCH_NOT_RETAINED if the epoch is not there any more, RESOURCE_EXHAUSTED over 16 names an experiment.
+    """
+
     ImportScores: grpc.aio.StreamUnaryMultiCallable[
         evosample.v1.selection_pb2.ImportScoresRequest,
         evosample.v1.selection_pb2.ImportScoresResponse,
     ]
-    """Starts an experiment from known scores, before its first loss is reported. Not implemented yet: UNIMPLEMENTED."""
+    """Starts an experiment from known scores, before its first run joins: FAILED_PRECONDITION from then on. Either all of
+    them are imported or none. Safe to retry as a whole.
+    """
 
     ExportScores: grpc.aio.UnaryStreamMultiCallable[
         evosample.v1.selection_pb2.ExportScoresRequest,
@@ -255,6 +307,10 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+
+    A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
+    STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
+    again, from the epoch that this answers with, the losses of every epoch and FinishEpoch where it had finished.
     """
 
     @abc.abstractmethod
@@ -302,7 +358,9 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
         """Makes the caller a rank of a run. The first call with a new run_id starts a new generation: it fixes the world size,
         goes to `position` (back to a retained epoch if need be), forgets the losses at or after it, and supersedes the
         run before. Later calls with that run_id join it; another world size or position is then INVALID_ARGUMENT.
-        Safe to retry: it only makes a new claim, and what holds the older claim of this rank gets ABORTED.
+        Where `process_id` is given it is idempotent. Without, a retry makes a new claim, which is as safe: what holds an
+        older claim of this rank gets ABORTED.
+        FAILED_PRECONDITION with the reason EPOCH_NOT_RETAINED: the position's epoch is not there, nothing has changed.
         """
 
     @abc.abstractmethod
@@ -349,12 +407,36 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def ForceFinishEpoch(
+        self,
+        request: evosample.v1.selection_pb2.ForceFinishEpochRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[evosample.v1.selection_pb2.ForceFinishEpochResponse, collections.abc.Awaitable[evosample.v1.selection_pb2.ForceFinishEpochResponse]]:
+        """Ends an epoch without the ranks that have yet to finish it: what they have reported counts, what they report later
+        gets EPOCH_CLOSED. For administrators; see also JoinRunRequest.straggler_timeout_ms. Safe to retry: an epoch that has
+        ended is left alone.
+        """
+
+    @abc.abstractmethod
+    def PinEpoch(
+        self,
+        request: evosample.v1.selection_pb2.PinEpochRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[evosample.v1.selection_pb2.PinEpochResponse, collections.abc.Awaitable[evosample.v1.selection_pb2.PinEpochResponse]]:
+        """Keeps an epoch's scores and losses under a name (of a checkpoint, say) beyond the retained epochs, so that a run can
+        go back to it; or lets go of what that name keeps. Idempotent. FAILED_PRECONDITION with the reason
+        EPOCH_NOT_RETAINED if the epoch is not there any more, RESOURCE_EXHAUSTED over 16 names an experiment.
+        """
+
+    @abc.abstractmethod
     def ImportScores(
         self,
         request_iterator: _MaybeAsyncIterator[evosample.v1.selection_pb2.ImportScoresRequest],
         context: _ServicerContext,
     ) -> typing.Union[evosample.v1.selection_pb2.ImportScoresResponse, collections.abc.Awaitable[evosample.v1.selection_pb2.ImportScoresResponse]]:
-        """Starts an experiment from known scores, before its first loss is reported. Not implemented yet: UNIMPLEMENTED."""
+        """Starts an experiment from known scores, before its first run joins: FAILED_PRECONDITION from then on. Either all of
+        them are imported or none. Safe to retry as a whole.
+        """
 
     @abc.abstractmethod
     def ExportScores(

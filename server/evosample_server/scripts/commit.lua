@@ -1,7 +1,7 @@
 -- Moves the head to a plan whose columns are complete, if it still stands where the planner read it.
 -- KEYS: head, plans, epochs, finished, plan
--- ARGV: uid, epoch, state, plan_id, generation (as read); new epoch, new plan_id, new state; then the new plan's row
---       counts: field, value, ...
+-- ARGV: uid, epoch, state, plan_id, generation (as read); new epoch, new plan_id, new state, table checksum; then the
+--       new plan's row counts: field, value, ...
 -- Returns 1, or 0 if another got there first.
 if redis.call('HGET', KEYS[1], 'uid') == ARGV[1] and redis.call('HGET', KEYS[3], ARGV[6]) == ARGV[7] and ARGV[4] ~= ARGV[7] then
   return 1 -- sent again: the first answer got lost
@@ -12,7 +12,7 @@ for i = 1, 5 do
     return 0
   end
 end
-local epoch, plan_id, state = ARGV[6], ARGV[7], ARGV[8]
+local epoch, plan_id, state, table_checksum = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 if redis.call('HEXISTS', KEYS[2], plan_id) == 0 then
   return 0
 end
@@ -21,9 +21,10 @@ if epoch ~= h[2] then
   first_step = '0'
   redis.call('DEL', KEYS[4])
 end
-redis.call('HSET', KEYS[1], 'epoch', epoch, 'plan_id', plan_id, 'state', state, 'first_step', first_step)
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'plan_id', plan_id, 'state', state, 'first_step', first_step,
+  'table_checksum', table_checksum, 'finish_began_ms', 0)
 redis.call('HSET', KEYS[3], epoch, plan_id)
-redis.call('HSET', KEYS[5], unpack(ARGV, 9))
+redis.call('HSET', KEYS[5], unpack(ARGV, 10))
 if h[5] ~= '0' then
   redis.call('HSET', KEYS[5], 'generation:' .. h[5], h[6] .. ' ' .. first_step)
 end

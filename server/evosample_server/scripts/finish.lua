@@ -1,12 +1,13 @@
 -- Marks a rank as finished; with the last one the epoch is sealed: OPEN -> SEALED.
 -- KEYS: head, claims, finished. ARGV: uid, plan_id, generation, rank, claim, epoch
--- Returns 'ok' (also when repeated after the epoch has ended), 'gone', 'superseded' or 'closed'.
+-- Returns 'ok' (also when repeated after the epoch has ended), 'gone', 'superseded', 'behind' or 'closed'.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'plan_id', 'state', 'generation', 'world_size', 'epoch')
 if h[1] ~= ARGV[1] then
   return 'gone'
 end
-if h[4] ~= ARGV[3] or redis.call('HGET', KEYS[2], ARGV[4]) ~= ARGV[5] then
-  return 'superseded'
+local refused = refusal(h[4], redis.call('HGET', KEYS[2], ARGV[4]), ARGV[3], ARGV[5])
+if refused then
+  return refused
 end
 if tonumber(h[6]) > tonumber(ARGV[6]) then
   return 'ok'
@@ -14,8 +15,13 @@ end
 if h[2] ~= ARGV[2] or (h[3] ~= 'open' and h[3] ~= 'sealed') then
   return 'closed'
 end
-redis.call('SADD', KEYS[3], ARGV[4])
-if redis.call('SCARD', KEYS[3]) == tonumber(h[5]) then
+local is_new = redis.call('SADD', KEYS[3], ARGV[4]) == 1
+local num_finished = redis.call('SCARD', KEYS[3])
+if is_new and num_finished == 1 then -- stragglers are waited for from here on, by this clock
+  local now = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'finish_began_ms', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))
+end
+if num_finished == tonumber(h[5]) then
   redis.call('HSET', KEYS[1], 'state', 'sealed')
 end
 return 'ok'

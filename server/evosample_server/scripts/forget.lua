@@ -1,5 +1,6 @@
 -- The last step of a deletion: drops the tombstone and what remains beside it.
 -- KEYS: head, other keys ... ARGV: uid.
-if redis.call('HGET', KEYS[1], 'deleted_uid') == ARGV[1] then
+local h = redis.call('HMGET', KEYS[1], 'uid', 'birth_uid')
+if not h[1] and h[2] == ARGV[1] then
   redis.call('DEL', unpack(KEYS))
 end

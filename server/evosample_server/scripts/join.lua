@@ -1,52 +1,95 @@
 -- Makes a rank a member of a run; a new run_id makes a new generation and moves the head to its position.
--- KEYS: head, claims, finished, epochs, plan (of the head as the caller read it)
+-- KEYS: head, claims, finished, epochs, pins, plan (of the head as the caller read it), runs
 -- ARGV: uid, epoch, state, plan_id, generation (of the head as the caller read it),
---       run_id, rank, world_size, claim, position given ('' or 'epoch step'), target epoch, target step
--- Returns {'joined', generation} or {what is wrong, ...}.
-local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'run_id', 'world_size', 'run_position')
+--       run_id, rank, world_size, straggler_timeout_ms (0: none), position given ('' or 'epoch step'),
+--       target epoch, target step, generation and claim of who joins again ('' if nobody does), process_id ('' if none)
+-- Returns {'joined', generation, claim} or {what is wrong, ...}.
+local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'run_id', 'world_size',
+  'run_position', 'straggler_timeout_ms')
 if h[1] ~= ARGV[1] then
   return {'gone'}
 end
-if h[2] ~= ARGV[2] or h[3] ~= ARGV[3] or h[4] ~= ARGV[4] or h[5] ~= ARGV[5] then
-  return {'changed'}
+for i = 2, 5 do
+  if h[i] ~= ARGV[i] then
+    return {'changed'}
+  end
 end
-local run_id, rank, world_size, claim, given = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local target_epoch, target_step = ARGV[11], ARGV[12]
+local run_id, rank, world_size, straggler_timeout_ms, given = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local target_epoch, target_step, process = ARGV[11], ARGV[12], ARGV[15]
+local old_generation, old_claim = tonumber(ARGV[13]), tonumber(ARGV[14])
+local is_known = h[6] == run_id
 
-if h[6] == run_id then
+-- Who has been here and is not the latest any more does not come back: not even as a request that was delayed.
+local stored_claim = is_known and redis.call('HGET', KEYS[2], rank)
+if is_known then
+  local process_claim = process ~= '' and redis.call('HGET', KEYS[2], 'process:' .. process)
+  if process_claim and process_claim == stored_claim then
+    return {'joined', h[5], stored_claim}
+  end
+  if process_claim or (old_generation and stored_claim and tonumber(stored_claim) > old_claim) then
+    return {'superseded'}
+  end
+elseif redis.call('HEXISTS', KEYS[7], run_id) == 1 or (old_generation and old_generation <= tonumber(h[5])) then
+  return {'superseded'}
+end
+
+-- By the clock, so that a claim that the store has lost is not given out again; and in any case a larger one.
+local now = redis.call('TIME')
+local claim = math.max(now[1] * 1000000 + now[2], (tonumber(stored_claim or nil) or 0) + 1, (old_claim or 0) + 1)
+claim = string.format('%.0f', claim)
+local function take_place()
+  redis.call('HSET', KEYS[2], rank, claim)
+  if process ~= '' then
+    redis.call('HSET', KEYS[2], 'process:' .. process, claim)
+  end
+end
+
+if is_known then
   if h[7] ~= world_size then
     return {'world_size', h[7]}
   end
-  if given ~= '' and target_epoch .. ' ' .. target_step ~= h[8] then
+  if h[9] ~= straggler_timeout_ms then
+    return {'straggler_timeout_ms', h[9]}
+  end
+  if given ~= '' and given ~= h[8] and not old_generation then
     return {'position', h[8]}
   end
-  redis.call('HSET', KEYS[2], rank, claim)
+  take_place()
   if h[3] == 'open' then
     redis.call('SREM', KEYS[3], rank) -- what its earlier process had finished, this one begins again
+    if redis.call('SCARD', KEYS[3]) == 0 then
+      redis.call('HSET', KEYS[1], 'finish_began_ms', 0)
+    end
   end
-  return {'joined', tonumber(h[5])}
+  return {'joined', h[5], claim}
 end
 
+local generation = math.max(h[5] + 1, old_generation or 0)
 if tonumber(target_epoch) < tonumber(h[2]) then
   local plan_id = redis.call('HGET', KEYS[4], target_epoch)
   if not plan_id then
-    local oldest
-    for _, epoch in ipairs(redis.call('HKEYS', KEYS[4])) do
-      oldest = math.min(oldest or tonumber(epoch), tonumber(epoch))
-    end
-    return {'not_retained', tostring(oldest)}
+    return {'not_retained'}
   end
   for _, epoch in ipairs(redis.call('HKEYS', KEYS[4])) do
     if tonumber(epoch) > tonumber(target_epoch) then
       redis.call('HDEL', KEYS[4], epoch)
     end
   end
+  local pins = redis.call('HGETALL', KEYS[5])
+  for i = 1, #pins, 2 do
+    if tonumber(pins[i + 1]) > tonumber(target_epoch) then
+      redis.call('HDEL', KEYS[5], pins[i])
+    end
+  end
   redis.call('HSET', KEYS[1], 'epoch', target_epoch, 'plan_id', plan_id, 'state', 'unplanned')
 elseif h[3] == 'open' then
-  redis.call('HSET', KEYS[5], 'generation:' .. (h[5] + 1), world_size .. ' ' .. target_step)
+  redis.call('HSET', KEYS[6], string.format('generation:%.0f', generation), world_size .. ' ' .. target_step)
 end
-redis.call('HSET', KEYS[1], 'generation', h[5] + 1, 'run_id', run_id, 'world_size', world_size,
-  'run_position', target_epoch .. ' ' .. target_step, 'first_step', target_step)
+generation = string.format('%.0f', generation)
+redis.call('HSET', KEYS[1], 'generation', generation, 'run_id', run_id, 'world_size', world_size,
+  'run_position', target_epoch .. ' ' .. target_step, 'first_step', target_step,
+  'straggler_timeout_ms', straggler_timeout_ms, 'finish_began_ms', 0)
+redis.call('HSET', KEYS[7], run_id, generation)
 redis.call('DEL', KEYS[2], KEYS[3])
-redis.call('HSET', KEYS[2], rank, claim)
-return {'joined', h[5] + 1}
+take_place()
+return {'joined', generation, claim}

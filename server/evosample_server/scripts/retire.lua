@@ -1,14 +1,18 @@
 -- Decides, by the head as it stands now, which plans nobody needs any more, and takes them out of the registry: from here
 -- on nothing can be written to them, and none of them can be committed. Their columns are then removed at leisure.
--- KEYS: head, plans, epochs, doomed. ARGV: uid, retained epochs, plan_id of an attempt that lost ('' if none)
+-- KEYS: head, plans, epochs, doomed, pins. ARGV: uid, retained epochs, plan_id of an attempt that lost ('' if none)
 -- Returns the plan_ids whose columns are to be removed, those that an earlier caller left included.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'plan_id')
 if h[1] ~= ARGV[1] or h[3] == '' then
   return {}
 end
 local current = tonumber(h[2])
+local is_pinned = {}
+for _, epoch in ipairs(redis.call('HVALS', KEYS[5])) do
+  is_pinned[epoch] = true
+end
 for _, epoch in ipairs(redis.call('HKEYS', KEYS[3])) do
-  if tonumber(epoch) <= current - tonumber(ARGV[2]) then
+  if tonumber(epoch) <= current - tonumber(ARGV[2]) and not is_pinned[epoch] then
     redis.call('HDEL', KEYS[3], epoch)
   end
 end

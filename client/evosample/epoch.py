@@ -1,0 +1,255 @@
+"""One epoch as a rank goes through it: batches of sample ids, and the losses that come back for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evosample.errors import InvalidArgumentError, UsageError
+from evosample.sampling import (
+    ExperimentSpec,
+    InvalidValue,
+    MiniBatch,
+    check_losses,
+    recorded_losses,
+    select_mini_batch,
+)
+from evosample.v1 import selection_pb2 as pb
+
+
+class EpochOwner(Protocol):
+    """What an epoch needs of its run."""
+
+    spec: ExperimentSpec
+    rank: int
+    world_size: int
+    read_ahead: int
+
+    def next_chunk(self, epoch: Epoch) -> Chunk | None:
+        """The next rows of an epoch, once they are here; None if the epoch ends before."""
+
+    def consumed(self, epoch: Epoch, num_non_finite: int) -> None:
+        """Note that one more step's losses are in `epoch.losses`."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive steps as they came: the columns are [num_steps, part rows of a step]."""
+
+    sample_ids: NDArray[np.int64]
+    prior_scores: NDArray[np.float32]
+    importance_weights: NDArray[np.float32] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self if rows is not None)
+
+
+class Batch:
+    """One step of a rank's part.
+
+    Attributes:
+        sample_ids: int64 [m], what to load.
+        epoch: from 0.
+        step: from 0, in the epoch.
+        selects: whether the losses of a scoring pass decide which rows are trained on. Where not, all of them are:
+            one ordinary forward and backward pass, whose losses are handed over.
+        progress: the share of the whole run's steps that came before this one, in [0, 1).
+    """
+
+    __slots__ = (
+        "_epoch",
+        "_prior_scores",
+        "_set_importance_weights",
+        "epoch",
+        "progress",
+        "sample_ids",
+        "selects",
+        "step",
+    )
+
+    def __init__(
+        self,
+        epoch: Epoch,
+        step: int,
+        sample_ids: NDArray[np.int64],
+        prior_scores: NDArray[np.float32],
+        set_importance_weights: NDArray[np.float32] | None,
+    ) -> None:
+        self.sample_ids = sample_ids
+        self.step = step
+        self.epoch = epoch.number
+        self.selects = epoch.selects
+        self.progress = epoch.progress(step)
+        self._epoch = epoch
+        self._prior_scores = prior_scores
+        self._set_importance_weights = set_importance_weights
+
+    def select(self, losses: Any) -> MiniBatch:
+        """Hand over the losses and draw the rows to back-propagate; where the step does not select: all of them.
+
+        Args:
+            losses: [m], one a sample and in their order, >= 0; an array or a tensor. Non-finite ones count as not
+                visited, and are chosen only to fill up.
+
+        Returns:
+            Positions in this batch (int64, ascending) and the importance weights that multiply their losses (float32).
+
+        Raises:
+            InvalidArgumentError: another shape, or a negative loss. Nothing was recorded.
+            UsageError: not this batch's turn. Nothing was recorded.
+        """
+        values = self._epoch.hand_over(self, losses)
+        return self._epoch.select(self, values)
+
+    def report(self, losses: Any) -> None:
+        """Hand over the losses without drawing. Arguments and errors as those of `select`."""
+        self._epoch.hand_over(self, losses)
+
+    def all(self) -> MiniBatch:
+        """The mini-batch of a step that does not select: every row, with its importance weight."""
+        if self.selects:
+            raise UsageError(f"step {self.step} of epoch {self.epoch} selects: draw its mini-batch with select(losses)")
+        return self._epoch.select(self, np.zeros(len(self.sample_ids), np.float32))
+
+    def draw_inputs(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Prior scores and set-level importance weights, float32 [m] each: what a draw takes besides the losses."""
+        return self._prior_scores, self._set_importance_weights
+
+
+class Epoch:
+    """One epoch of a rank's part; iterating it yields what is left of its batches.
+
+    Attributes:
+        number: from 0.
+        num_steps: steps of the epoch.
+        first_step: where this run entered the epoch: 0 unless it resumed in the middle.
+        stop: the step before which it ends for this rank: num_steps, unless the others went on without it.
+        selects: see `Batch`.
+        is_uniform: drawn by the client itself while no server answered; its losses are not reported.
+    """
+
+    def __init__(
+        self, run: EpochOwner, number: int, first_step: int, start: pb.EpochStart, *, is_uniform: bool = False
+    ) -> None:
+        self.number = number
+        self.num_steps = self.stop = start.num_steps
+        self.first_step = first_step
+        self.is_uniform = is_uniform
+        self.selects = start.trained_rows < start.step_rows
+        self.part_rows = start.step_rows // run.world_size
+        self.plan_id = start.plan_id
+        self.table_checksum = start.table_checksum
+        # NaN: not reported. Kept beyond the epoch's end: what the store has lost can be sent again.
+        self.losses = np.full((self.num_steps, self.part_rows), np.nan, np.float32)
+        self.num_consumed = first_step
+        self.num_reported = first_step
+        self.num_received = first_step
+        self.is_finished = False
+        self.num_yielded = first_step
+        self.chunks: deque[Chunk] = deque()
+        self._run = run
+        self._steps_before = run.spec.num_steps_before(number)
+        self._total_steps = run.spec.total_steps
+        self._rows: Iterator[tuple[Any, ...]] = iter(())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the losses of all its steps were handed over."""
+        return self.num_consumed >= self.stop
+
+    def __len__(self) -> int:
+        """Steps of the epoch."""
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.num_yielded < self.stop:
+            if self.num_yielded - self.num_consumed > self._run.read_ahead:
+                raise UsageError(
+                    f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: call "
+                    "batch.select(losses) or batch.report(losses) for every batch before taking the next"
+                )
+            batch = self.next_batch()
+            if batch is not None:
+                yield batch
+
+    def next_batch(self) -> Batch | None:
+        """The next batch, whether or not the ones before had their losses handed over; None at the epoch's end."""
+        step = self.num_yielded
+        if step >= self.stop:
+            return None
+        rows = next(self._rows, None)
+        if rows is None:
+            chunk = self._run.next_chunk(self)
+            if chunk is None:
+                return None
+            weights = [None] * len(chunk.sample_ids) if chunk.importance_weights is None else chunk.importance_weights
+            self._rows = zip(chunk.sample_ids, chunk.prior_scores, weights, strict=True)
+            rows = next(self._rows)
+        self.num_yielded += 1
+        return Batch(self, step, *rows)
+
+    def progress(self, step: int) -> float:
+        """The share of the whole run's steps that come before `step` of this epoch."""
+        return (self._steps_before + step) / self._total_steps
+
+    def hand_over(self, batch: Batch, losses: Any) -> NDArray[np.float32]:
+        """Take a batch's losses; see `Batch.select`."""
+        values = _as_losses(losses, self.part_rows)
+        if batch.step != self.num_consumed:
+            if batch.step < self.num_consumed:
+                raise UsageError(f"the losses of step {batch.step} of epoch {self.number} were handed over already")
+            raise UsageError(
+                f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: they come "
+                f"before those of step {batch.step}"
+            )
+        recorded, num_non_finite = recorded_losses(values)
+        self.losses[batch.step] = recorded
+        self._run.consumed(self, num_non_finite)
+        return values
+
+    def select(self, batch: Batch, losses: NDArray[np.float32]) -> MiniBatch:
+        """Draw a batch's mini-batch; see `Batch.select`."""
+        prior_scores, set_importance_weights = batch.draw_inputs()
+        return select_mini_batch(
+            self._run.spec,
+            epoch=self.number,
+            step=batch.step,
+            rank=self._run.rank,
+            world_size=self._run.world_size,
+            prior_scores=prior_scores,
+            losses=losses,
+            set_importance_weights=set_importance_weights,
+        )
+
+
+@contextlib.contextmanager
+def as_invalid_argument() -> Iterator[None]:
+    """Raise what the checks of `evosample.sampling` find as evosample's own error."""
+    try:
+        yield
+    except InvalidValue as error:
+        raise InvalidArgumentError(str(error), field=error.field) from error
+
+
+def _as_losses(losses: Any, num_rows: int) -> NDArray[np.float32]:
+    if hasattr(losses, "detach"):  # a tensor of PyTorch, which need not be installed
+        losses = losses.detach().float().cpu().numpy()
+    try:
+        values = np.asarray(losses, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"losses: expected {num_rows} numbers, got {losses!r}", field="losses") from error
+    if values.shape != (num_rows,):
+        raise InvalidArgumentError(
+            f"losses have shape {values.shape}, expected ({num_rows},): one loss a sample, in the order of "
+            'batch.sample_ids. Compute them without reduction (in PyTorch: reduction="none"), and average what belongs '
+            "to one sample",
+            field="losses",
+        )
+    with as_invalid_argument():
+        check_losses(values)
+    return values

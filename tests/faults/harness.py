@@ -1,0 +1,160 @@
+"""What fault tests share: a training job whose every id, choice and score is compared with an undisturbed run's."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import redis
+
+import evosample
+from evosample.sampling import ExperimentSpec, fold_epoch, initial_scores, part, plan_epoch, select_mini_batch
+from support import ServerProcess, fixed_losses, train
+
+SETTINGS: dict[str, Any] = {
+    "num_samples": 2_000,
+    "num_epochs": 6,
+    "meta_batch_size": 40,
+    "mini_batch_size": 10,
+    "policy": evosample.EvolvedSampling(prune_ratio=0.2),
+    "importance_weight": "unbiased",
+    "seed": 11,
+}
+LARGE: dict[str, Any] = SETTINGS | {"num_samples": 400_000, "meta_batch_size": 20_000, "mini_batch_size": 5_000}
+
+
+class Outcome(NamedTuple):
+    """All that a job has seen, in the order of (epoch, step, rank), and the scores that it ended with."""
+
+    visits: list[tuple[Any, ...]]
+    scores: bytes
+
+
+def outcome(experiment: evosample.Experiment, visits: list[tuple[Any, ...]]) -> Outcome:
+    """The visits brought into order, with the scores that the experiment has now."""
+    return Outcome(
+        sorted(visits, key=lambda key: key[:3]), b"".join(c.tobytes() for c in experiment.export_scores()[1:])
+    )
+
+
+def run_job(
+    addresses: str | Sequence[str],
+    name: str,
+    *,
+    settings: dict[str, Any] = SETTINGS,
+    world_size: int = 2,
+    pace_s: float = 0.0,
+    outage_timeout_s: float = 120.0,
+    before_step: Callable[[evosample.Batch], None] = lambda _: None,
+    **joining: Any,
+) -> Outcome:
+    """Train an experiment from its beginning to its end, each rank over a client of its own.
+
+    Each step takes `pace_s`. An answer that never comes ends as an error after `outage_timeout_s`: nobody hangs.
+    """
+    losses = fixed_losses(settings["num_samples"], settings["num_epochs"])
+
+    def step(batch: evosample.Batch) -> None:
+        time.sleep(pace_s)
+        before_step(batch)
+
+    def run_rank(rank: int) -> list[tuple[Any, ...]]:
+        with evosample.connect(addresses, outage_timeout_s=outage_timeout_s, connect_timeout_s=60) as client:
+            experiment = client.create_experiment(name, **settings)
+            place = {"rank": rank, "world_size": world_size, "run_id": "job"}
+            visits = train(experiment, losses, before_step=step, wait_timeout_s=outage_timeout_s, **place, **joining)
+            return [visit.key() for visit in visits]
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        visits = [key for part in ranks.map(run_rank, range(world_size)) for key in part]
+    with evosample.connect(addresses, outage_timeout_s=outage_timeout_s, connect_timeout_s=60) as client:
+        experiment = client.get_experiment(name)
+        assert experiment.status().state == "finished"
+        assert experiment.status().unreported_rows == 0
+        return outcome(experiment, visits)
+
+
+class ReplicatedServer(ServerProcess):
+    """One of several servers on one store, which tests kill, freeze and start again where it was."""
+
+    def __init__(self, folder: Path, redis_url: str, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / "server", "--redis-url", redis_url, *options)
+
+    def pause(self) -> None:
+        """Freeze it: connections stay, answers don't come."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def disturbing(work: Callable[[random.Random, threading.Event], None], seed: int) -> Iterator[None]:
+    """Have a thread do harm until the block ends; what fails in it fails the test."""
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work, random.Random(seed), stopping)
+        try:
+            yield
+        finally:
+            stopping.set()
+            job.result()
+
+
+class Turns:
+    """Sees when some server is in the turn of an epoch: its fold, its planning, its commit."""
+
+    def __init__(self, store: redis.Redis) -> None:
+        self._store = store
+        self._lock_name = b""
+
+    def wait_for_one(self, stopping: threading.Event) -> bool:
+        """Return once a turn is on; False if the test stops before."""
+        while not stopping.is_set():
+            self._lock_name = next(iter(cast(list[bytes], self._store.keys("evosample:*:turn"))), b"")
+            if self._lock_name:
+                return True
+        return False
+
+    def is_on(self) -> bool:
+        """Whether the turn that was waited for is still on, or its lock has not run out."""
+        return bool(self._store.exists(self._lock_name))
+
+
+def computed(settings: dict[str, Any], world_size: int) -> Outcome:
+    """What comes of a job by the formulas alone, without a server."""
+    spec = ExperimentSpec(**settings)
+    losses = fixed_losses(spec.num_samples, spec.num_epochs)
+    scores = initial_scores(spec.num_samples)
+    visits: list[tuple[Any, ...]] = []
+    for epoch in range(spec.num_epochs):
+        shape, table = spec.shape(epoch), plan_epoch(spec, epoch, scores)
+        for step, rank in itertools.product(range(shape.num_steps), range(world_size)):
+            ids, prior_scores, weights = (
+                None if rows is None else part(rows, shape.step_rows, rank, world_size)[step] for rows in table
+            )
+            assert ids is not None
+            chosen = select_mini_batch(
+                spec,
+                epoch=epoch,
+                step=step,
+                rank=rank,
+                world_size=world_size,
+                prior_scores=cast(Any, prior_scores),
+                losses=losses[epoch, ids],
+                set_importance_weights=weights,
+            )
+            choice = (chosen.positions.tolist(), chosen.importance_weights.tobytes())
+            visits.append((epoch, step, rank, ids.tolist(), *choice))
+        scores, _ = fold_epoch(spec, scores, table.sample_ids, losses[epoch, table.sample_ids])
+    return Outcome(visits, b"".join(column.tobytes() for column in scores))

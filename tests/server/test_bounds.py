@@ -1,0 +1,168 @@
+"""Bounds: what is over one is told which it was and how to raise it; and a store that is ill makes no server ill."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import evosample
+from evosample.v1 import selection_pb2 as pb
+from evosample.v1 import selection_pb2_grpc as pb_grpc
+from faults.harness import ReplicatedServer
+from stores import StandaloneStore, wait_until
+from support import ServerProcess, fixed_losses, train
+
+SETTINGS: dict[str, Any] = {"num_samples": 200, "num_epochs": 3, "meta_batch_size": 20, "mini_batch_size": 5}
+
+
+@contextlib.contextmanager
+def member_of(server: ServerProcess, **settings: Any) -> Iterator[tuple[pb_grpc.SelectionServiceStub, pb.Member]]:
+    """A raw stub, and a member of a run of a new experiment."""
+    with evosample.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
+        uid = client.create_experiment("e", **(SETTINGS | settings)).uid
+        stub = pb_grpc.SelectionServiceStub(channel)
+        ref = pb.ExperimentRef(name="e", uid=uid)
+        joined = stub.JoinRun(pb.JoinRunRequest(ref=ref, run_id="run", world_size=1))
+        yield stub, pb.Member(ref=ref, generation=joined.generation, claim=joined.claim)
+
+
+def exhausted(call: Callable[[], Any]) -> str:
+    """What a call over a bound is told."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    return str(caught.value.details())
+
+
+def test_a_server_takes_so_many_streams(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-streams", "3")
+    with member_of(server) as (stub, member):
+        waiting = [stub.StreamEpoch(pb.StreamEpochRequest(member=member, epoch=1)) for _ in range(3)]
+        for stream in waiting:
+            next(stream)  # it says that it waits
+        said = exhausted(lambda: list(stub.StreamEpoch(pb.StreamEpochRequest(member=member))))
+        assert "already serves 3 streams" in said
+        assert "raise it with --max-streams" in said
+        waiting.pop().cancel()
+
+        def is_free() -> bool:
+            with contextlib.suppress(grpc.RpcError):
+                return bool(list(stub.StreamEpoch(pb.StreamEpochRequest(member=member))))
+            return False
+
+        wait_until(is_free, "a stream that was cancelled to be counted out")
+
+
+def test_a_project_takes_so_many_experiments(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-experiments", "2")
+    with evosample.connect(server.address) as client:
+        for name in ("a", "b", "a"):
+            client.create_experiment(name, **SETTINGS)
+        client.create_experiment("c", **SETTINGS, project="other")
+        with pytest.raises(
+            evosample.ResourceExhaustedError, match=r"has 2 experiments.*raise it with --max-experiments"
+        ):
+            client.create_experiment("c", **SETTINGS)
+        client.delete_experiment("a")
+        client.create_experiment("c", **SETTINGS)
+
+
+def test_a_message_takes_so_many_losses(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-message-bytes", str(2**20))
+    with member_of(server, num_samples=400_000, meta_batch_size=100_000) as (stub, member):
+        request = pb.StreamEpochRequest(member=member, max_steps=1)
+        plan_id = next(r.start.plan_id for r in stub.StreamEpoch(request) if r.HasField("start"))
+
+        def report(num_steps: int) -> pb.ReportLossesRequest:
+            losses = np.ones(num_steps * 100_000, "<f4").tobytes()
+            return pb.ReportLossesRequest(member=member, plan_id=plan_id, num_steps=num_steps, losses=losses)
+
+        stub.ReportLosses(report(2))
+        said = exhausted(lambda: stub.ReportLosses(report(3)))
+        assert "1,200,000 bytes; this server takes at most 1,048,576" in said
+        assert "--max-message-bytes" in said
+        huge = pb.ReportLossesRequest(member=member, plan_id=plan_id, num_steps=1, losses=bytes(5 * 2**20))
+        assert "larger than max" in exhausted(lambda: stub.ReportLosses(huge))
+
+
+def rss_bytes(server: ServerProcess) -> int:
+    """Memory of a process that is in RAM."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
+
+def test_readers_that_do_not_read_cost_no_memory(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    n = 4_000_000
+    with member_of(server, num_samples=n, meta_batch_size=1000, mini_batch_size=100) as (stub, member):
+        request = pb.StreamEpochRequest(member=member)
+        assert sum(r.rows.num_steps for r in stub.StreamEpoch(request)) == n // 1000  # the cache is full from here on
+        before = rss_bytes(server)
+        slow = [stub.StreamEpoch(request) for _ in range(30)]
+        for stream in slow:
+            assert next(stream).HasField("start")
+        time.sleep(2)  # whatever would be sent ahead has been
+        grown = rss_bytes(server) - before
+        for stream in slow:
+            stream.cancel()
+    # All of them together are 960 MB. A stream may hold a message or two of 1 MiB, and the flow control's window.
+    assert grown < 30 * 6 * 2**20
+
+
+@pytest.mark.parametrize("ill", ["full", "read-only", "gone"])
+def test_a_store_that_takes_no_writes_makes_the_server_unhealthy_until_it_does_and_jobs_go_on(
+    tmp_path: Path, ill: str
+) -> None:
+    store = StandaloneStore(tmp_path / "store")
+    server = ReplicatedServer(tmp_path / "server", store.url)
+    with grpc.insecure_channel(server.address) as channel, evosample.connect(server.address) as client:
+
+        def is_serving() -> bool:
+            found = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+        assert is_serving()
+        experiment = client.create_experiment("e", **SETTINGS)
+
+        def step(batch: evosample.Batch) -> None:
+            if (batch.epoch, batch.step) == (1, 3):
+                make_ill()
+                wait_until(lambda: not is_serving(), "the server to be unhealthy")
+                with pytest.raises(evosample.UnavailableError, match=said):
+                    impatient.create_experiment("other", **SETTINGS)
+                make_well()
+                wait_until(is_serving, "the server to be healthy again")
+
+        def make_ill() -> None:
+            match ill:
+                case "full":
+                    store.call("CONFIG", "SET", "maxmemory", "1mb")
+                case "read-only":
+                    store.call("REPLICAOF", "127.0.0.1", "1")
+                case "gone":
+                    store.kill()
+
+        def make_well() -> None:
+            match ill:
+                case "full":
+                    store.call("CONFIG", "SET", "maxmemory", "0")
+                case "read-only":
+                    store.call("REPLICAOF", "NO", "ONE")
+                case "gone":
+                    store.start()
+
+        said = {"full": "maxmemory", "read-only": "read only|MASTERDOWN|read-only", "gone": "store"}[ill]
+        with evosample.connect(server.address, outage_timeout_s=1) as impatient:
+            train(experiment, fixed_losses(200, 3), before_step=step)
+        assert experiment.status().state == "finished"
+        assert experiment.status().unreported_rows == 0
+    server.stop()
+    store.close()
