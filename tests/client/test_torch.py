@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 import evosample
 from evosample.torch import Loader, take_rows
+from stores import wait_until
 from support import ServerProcess, Visit, fixed_losses, train
 
 N, EPOCHS, B, MINI = 96, 4, 16, 4
@@ -816,13 +817,15 @@ def test_with_uniform_draws_a_loader_outlives_its_server(start_server: Callable[
         experiment = client.create_experiment("e", **SETTINGS)
         loader = ids_loader(experiment, run_options={"on_unavailable": "uniform"})
         num_rows = []
-        for epoch in range(EPOCHS):
+        for _ in range(EPOCHS):
             num_rows.append(0)
             for batch in loader:
                 if loader.position == (1, 2):
+                    wait_until(lambda: loader._epoch is not None and loader._epoch.num_received == STEPS, "ids")
                     server.kill()
                 if loader.position == (2, 3):
                     server.restart()
+                    wait_until(lambda: not client._connection.outage_s(), "the client to find the server again")
                 num_rows[-1] += len(batch)
                 loader.mean(loss_of(batch))
         assert num_rows == [N, MINI * STEPS, MINI * STEPS, N]

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,18 +21,21 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_until_killed(
-    server: ServerProcess, name: str, folder: Path, world_size: int, run_id: str, wait_s: float
+    server: ServerProcess, name: str, folder: Path, world_size: int, run_id: str, num_steps: int
 ) -> bool:
-    """Start the job and kill it after a while; returns whether it got to its end before."""
+    """Start the job and kill it after about so many steps; returns whether it got to its end before."""
     command = [sys.executable, "-m", "faults.trainer", server.address, name, str(folder), str(world_size), run_id]
+    visits = folder / "visits"
+    visits.touch()
+    num_lines = visits.read_text().count("\n") + num_steps * world_size
     job = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(TESTS)})
-    try:
-        code = job.wait(wait_s)
-    except subprocess.TimeoutExpired:
+    while job.poll() is None and visits.read_text().count("\n") < num_lines:
+        time.sleep(0.005)
+    if job.poll() is None:
         job.kill()
         job.wait()
         return False
-    assert code == 0
+    assert job.returncode == 0
     return True
 
 
@@ -42,7 +46,7 @@ def test_a_job_killed_and_resumed_goes_on_as_if_nothing_had_happened(
     rng = random.Random(len(world_sizes))
     for start in range(100):
         world_size = world_sizes[start % len(world_sizes)]
-        if run_until_killed(server, name, tmp_path, world_size, f"start-{start}", rng.uniform(0.8, 1.8)):
+        if run_until_killed(server, name, tmp_path, world_size, f"start-{start}", rng.randint(20, 120)):
             break
     assert start >= 3, "too few kills"
     lines = (tmp_path / "visits").read_text().splitlines()
