@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from pathlib import Path
 
@@ -33,51 +34,62 @@ class PrivateServer:
         self.address = f"unix:{folder}/server.sock"
         self._log_path = folder / "server.log"
         # -P: a folder of this name in the working directory is not the package
-        command = [sys.executable, "-P", "-m", "evosample_server", "--listen", self.address]
-        command += ["--data-dir", str(data_dir or folder / "data"), "--parent-pid", str(os.getpid())]
-        command += ["--log-level", "warning"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("EVOSAMPLE_")}
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and arguments
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches the training job, which then still has a server to report to
-            )
-        self._close = weakref.finalize(self, _stop, self._process, folder, os.getpid())
-        assert self._process.stdout is not None
-        with self._process.stdout as output:
-            ready = output.readline()
-        if not ready:
-            self._process.wait()
-            said = self.said()
-            self.close()
-            raise UnavailableError(f"the private server could not start: {said}")
+        self._command = [sys.executable, "-P", "-m", "evosample_server", "--listen", self.address]
+        self._command += ["--data-dir", str(data_dir or folder / "data"), "--parent-pid", str(os.getpid())]
+        self._command += ["--log-level", "warning"]
+        self._starting = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []  # those that have ended, and the one that runs
+        self._close = weakref.finalize(self, _stop, self._processes, folder, os.getpid())
+        self.keep_running()
+
+    def keep_running(self) -> None:
+        """Start the server, if it does not run, with the data that an earlier one has left."""
+        with self._starting:
+            if self.is_running:
+                return
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("EVOSAMPLE_")}
+            with self._log_path.open("wb") as log:
+                process = subprocess.Popen(  # noqa: S603  # our own interpreter and arguments
+                    self._command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C reaches the training job, which then still has a server
+                )
+            self._processes.append(process)
+            assert process.stdout is not None
+            with process.stdout as output:
+                ready = output.readline()
+            if not ready:
+                process.wait()
+                said = self._said()
+                self.close()
+                raise UnavailableError(f"the private server could not start: {said}")
 
     @property
     def is_running(self) -> bool:
         """Whether the child lives."""
-        return self._process.poll() is None
+        return bool(self._processes) and self._processes[-1].poll() is None
 
-    def said(self) -> str:
+    def _said(self) -> str:
         """How a server that has ended explains itself: the end of its log, or its exit code."""
         log = self._log_path.read_text(errors="replace").strip() if self._log_path.exists() else ""
-        return log[-1000:] or f"exit code {self._process.returncode}"
+        return log[-1000:] or f"exit code {self._processes[-1].returncode}"
 
     def close(self) -> None:
         """Stop the server; repeating it does nothing. Also done when the interpreter ends."""
         self._close()
 
 
-def _stop(process: subprocess.Popen[bytes], folder: Path, parent_pid: int) -> None:
+def _stop(processes: list[subprocess.Popen[bytes]], folder: Path, parent_pid: int) -> None:
     if os.getpid() != parent_pid:  # a forked worker ends: the server is not its own
         return
-    process.terminate()
-    try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for process in processes:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     shutil.rmtree(folder, ignore_errors=True)

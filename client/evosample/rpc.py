@@ -194,8 +194,8 @@ class Connection:
                 is_away = is_away or isinstance(failure, errors.WaitTimeoutError)
             if not is_away:
                 raise failure from error
-            if self.server is not None and not self.server.is_running:
-                raise errors.UnavailableError(f"the private server has ended: {self.server.said()}") from error
+            if self.server is not None and not self._is_closed:
+                self.server.keep_running()
             self._failed(failure, attempted)
             wait_s = random.uniform(0, delay_s)  # noqa: S311  # jitter
             if time.monotonic() + wait_s > deadline_s or waiting.wait(wait_s):

@@ -188,12 +188,11 @@ class Run:
 
     def flush(self) -> None:
         """Return when all losses handed over so far are in the store: what is before `position` is safe then."""
-        self._flush(self._wait_timeout_s)
-
-    def _flush(self, timeout_s: float) -> None:
         epoch = self._current
-        if epoch is None or epoch.is_uniform or self._closing.is_set():
-            return
+        if epoch is not None and not epoch.is_uniform and not self._closing.is_set():
+            self._flush(epoch, self._wait_timeout_s)
+
+    def _flush(self, epoch: Epoch, timeout_s: float) -> None:
         with self._changed:
             self._is_flushing = True
             self._changed.notify_all()
@@ -208,9 +207,10 @@ class Run:
         """Report what is left, if that works within ten seconds, and end the background work. Also done at exit."""
         if self._closing.is_set() or self._pid != os.getpid():  # the threads stay behind when a process forks
             return
+        epoch = self._reporting if self._current is not None and self._current.is_uniform else self._current
         try:
-            if self._error is None:
-                self._flush(_CLOSE_TIMEOUT_S)
+            if epoch is not None and self._error is None:
+                self._flush(epoch, _CLOSE_TIMEOUT_S)
         except SupersededError as error:
             _log.info("closing a run that was superseded: %s", error)
         except (WaitTimeoutError, UnavailableError):

@@ -317,7 +317,10 @@ class Store:
                 pipeline.set(keys.replicated(name), 1, px=timeout_ms)
                 pipeline.execute_command("WAIT", 1, timeout_ms, **target)
                 cause = "" if (await pipeline.execute())[1] else "none has confirmed it"
-        except (RedisError, RedisClusterException, TimeoutError) as error:  # managed services hide some commands
+        except ResponseError as error:  # managed services hide some commands
+            _log.debug("cannot wait for replicas", cause=str(error))
+            return
+        except (RedisError, RedisClusterException, TimeoutError) as error:
             cause = str(error) or "no answer"
         if cause:
             _log.warning("a commit may not be on a replica yet", experiment=name.name, cause=cause)

@@ -169,13 +169,30 @@ def test_a_closed_client_says_so_at_once(server: ServerProcess, name: str) -> No
             call()
 
 
-def test_a_private_server_that_was_killed_is_named(name: str) -> None:
+def test_a_private_server_that_was_killed_is_started_again_and_nothing_is_lost(name: str) -> None:
     with evosample.connect() as client:
+        experiment = client.create_experiment(name, **SETTINGS)
+        server = client._connection.server
+        assert server is not None
+
+        def kill(batch: evosample.Batch) -> None:
+            if (batch.epoch, batch.step) in {(0, 7), (1, 3)}:
+                server._processes[-1].kill()
+
+        visits = train(experiment, fixed_losses(500, 3), before_step=kill)
+        assert experiment.status().visited_rows == sum(len(visit.sample_ids) for visit in visits)
+    assert not server.is_running
+
+
+def test_a_private_server_that_cannot_be_started_again_is_named(name: str, tmp_path: Path) -> None:
+    with evosample.connect(data_dir=tmp_path / "data") as client:
         client.create_experiment(name, **SETTINGS)
         server = client._connection.server
         assert server is not None
-        server._process.kill()
-        with pytest.raises(evosample.UnavailableError, match="the private server has ended"):
+        for file in (tmp_path / "data" / "appendonlydir").glob("*.manifest"):
+            file.write_text("nonsense")
+        server._processes[-1].kill()
+        with pytest.raises(evosample.UnavailableError, match=r"the private server could not start: .*valkey\.log"):
             client.get_experiment(name)
 
 
