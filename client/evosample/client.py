@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from evosample.epoch import as_invalid_argument
-from evosample.errors import InvalidArgumentError, NotFoundError
+from evosample.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from evosample.private_server import PrivateServer
 from evosample.rpc import Connection
 from evosample.run import OnUnavailable, Run
@@ -27,6 +27,7 @@ from evosample.sampling import (
     Policy,
     check_int,
     check_name,
+    check_seconds,
 )
 from evosample.v1 import selection_pb2 as pb
 from evosample.wire import (
@@ -100,6 +101,8 @@ def connect(
             raise InvalidValue("address", address, "at least one HOST:PORT")
         for each in addresses:
             check_address("address", each)
+        check_seconds("connect_timeout_s", connect_timeout_s)
+        check_seconds("outage_timeout_s", outage_timeout_s)
     connection = Connection(
         addresses,
         connect_timeout_s=connect_timeout_s,
@@ -187,11 +190,15 @@ class Client:
         created = self._connection.call("CreateExperiment", request).experiment
         experiment = self._experiment(created)
         if initial_scores is not None and not created.generation:
-            experiment.import_scores(
-                initial_scores.scores,
-                sampling_weights=initial_scores.sampling_weights,
-                num_visits=initial_scores.num_visits,
-            )
+            try:
+                experiment.import_scores(
+                    initial_scores.scores,
+                    sampling_weights=initial_scores.sampling_weights,
+                    num_visits=initial_scores.num_visits,
+                )
+            except FailedPreconditionError:
+                if not experiment.status().generation:  # else another rank has brought them and begun
+                    raise
         return experiment
 
     def get_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> Experiment:
@@ -314,8 +321,9 @@ class Experiment:
             check_int("read_ahead", read_ahead, 0, 2**31)
             _check_choice("on_unavailable", on_unavailable, OnUnavailable)
             _check_choice("on_missing_epoch", on_missing_epoch, Literal["error", "current"])
-            if straggler_timeout_s is not None and not 0.001 <= straggler_timeout_s <= 2**30:
-                raise InvalidValue("straggler_timeout_s", straggler_timeout_s, "seconds, at least 0.001; or None")
+            check_seconds("wait_timeout_s", wait_timeout_s)
+            if straggler_timeout_s is not None:
+                check_seconds("straggler_timeout_s", straggler_timeout_s)
             start = None if position is None else _checked_position(position)
         if self._connection.server is not None and world_size != 1:
             _log.warning("a private server is out of reach for other processes: is every rank in this one?")
@@ -422,6 +430,15 @@ class Experiment:
                 f"{found.dtype} of shape {found.shape}",
                 field=field,
             )
+        if dtype is np.uint32:
+            bad = ~((found >= 0) & (found < 2**32) & (found == np.floor(found)))
+            if bad.any():
+                position = int(np.argmax(bad))
+                raise InvalidArgumentError(
+                    f"{field}: expected integers from 0 to 4,294,967,295; the one at position {position} is "
+                    f"{found[position]}",
+                    field=field,
+                )
         return found.astype(dtype)
 
     def pin_epoch(self, name: str, epoch: int) -> None:

@@ -130,6 +130,7 @@ class Epoch:
         first_step: where this run entered the epoch: 0 unless it resumed in the middle.
         stop: the step before which it ends for this rank: num_steps, unless the others went on without it.
         selects: see `Batch`.
+        is_closed: it has ended without this rank: only what was reported before counts.
         is_uniform: drawn by the client itself while no server answered; its losses are not reported.
     """
 
@@ -150,12 +151,24 @@ class Epoch:
         self.num_reported = first_step
         self.num_received = first_step
         self.is_finished = False
+        self.is_closed = False
         self.num_yielded = first_step
         self.chunks: deque[Chunk] = deque()
         self._run = run
         self._steps_before = run.spec.num_steps_before(number)
         self._total_steps = run.spec.total_steps
         self._rows: Iterator[tuple[Any, ...]] = iter(())
+
+    def close(self) -> None:
+        """Forget what was not reported in time: the others have gone on without it."""
+        self.is_closed = self.is_finished = True
+        self._num_in_time = self.num_reported
+        self.losses[self.num_reported :] = np.nan
+
+    @property
+    def num_due(self) -> int:
+        """The step before which all losses are to be reported."""
+        return self._num_in_time if self.is_closed else self.num_consumed
 
     @property
     def is_complete(self) -> bool:
@@ -208,7 +221,8 @@ class Epoch:
                 f"before those of step {batch.step}"
             )
         recorded, num_non_finite = recorded_losses(values)
-        self.losses[batch.step] = recorded
+        if not self.is_closed:
+            self.losses[batch.step] = recorded
         self._run.consumed(self, num_non_finite)
         return values
 

@@ -19,6 +19,7 @@ from evosample.v1 import selection_pb2_grpc as pb_grpc
 
 _log = logging.getLogger("evosample")
 
+_CALL_TIMEOUT_S = 120.0  # of one attempt: planning an epoch takes its time; a frozen server is found out long before
 _FIRST_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
 _LOG_AFTER_S = 2.0
@@ -105,21 +106,18 @@ class Connection:
 
         It is retried for `outage_timeout_s`, or where the caller may give up for as long as it does not.
         """
-        return self._retried(lambda: getattr(self.stub(), method)(request, timeout=self.outage_timeout_s), give_up)
+        return self._retried(lambda: getattr(self.stub(), method)(request, timeout=_CALL_TIMEOUT_S), give_up)
 
-    def collect(
-        self, method: str, request: Any, *, timeout_s: float | None = None, give_up: threading.Event | None = None
-    ) -> list[Any]:
+    def collect(self, method: str, request: Any) -> list[Any]:
         """All responses of a stream that soon ends, retried as a whole; raises EvosampleError."""
-        timeout_s = timeout_s or self.outage_timeout_s
         responses: list[Any] = self._retried(
-            lambda: list(getattr(self.stub(), method)(request, timeout=timeout_s)), give_up
+            lambda: list(getattr(self.stub(), method)(request, timeout=_CALL_TIMEOUT_S))
         )
         return responses
 
     def send(self, method: str, requests: Callable[[], Iterable[Any]]) -> Any:
         """A call that streams requests, retried as a whole; raises EvosampleError."""
-        return self._retried(lambda: getattr(self.stub(), method)(iter(requests()), timeout=self.outage_timeout_s))
+        return self._retried(lambda: getattr(self.stub(), method)(iter(requests()), timeout=_CALL_TIMEOUT_S))
 
     def _retried(self, attempt: Callable[[], Any], give_up: threading.Event | None = None) -> Any:
         """The result of an idempotent attempt, repeated while it fails with UNAVAILABLE."""
@@ -180,19 +178,19 @@ class Connection:
         """For each attempt a function to call with its failure: it waits, or raises if there is no use in waiting.
 
         Exponential back-off with full jitter, under one deadline for all attempts; under none where somebody may give
-        up. Each failure moves on to the next address.
+        up: there what is over a bound of a server is waited for, too. Each failure moves on to the next address.
         """
         timeout_s = self.outage_timeout_s if self._has_answered else self._connect_timeout_s
         deadline_s = time.monotonic() + timeout_s if give_up is None else float("inf")
         delay_s = _FIRST_DELAY_S
         waiting = give_up or threading.Event()
+        passing: tuple[type[EvosampleError], ...] = (errors.UnavailableError, errors.WaitTimeoutError)
+        if give_up is not None:
+            passing = (*passing, errors.ResourceExhaustedError)
 
         def retry(error: grpc.RpcError) -> None:
             failure = from_grpc(error)
-            is_away = isinstance(failure, errors.UnavailableError)
-            if not self._has_answered:
-                is_away = is_away or isinstance(failure, errors.WaitTimeoutError)
-            if not is_away:
+            if not isinstance(failure, passing):
                 raise failure from error
             if self.server is not None and not self._is_closed:
                 self.server.keep_running()

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 import grpc
 import numpy as np
@@ -105,7 +105,9 @@ class Run:
         self._epochs: deque[Epoch] = deque()  # received, not yet taken
         self._current: Epoch | None = None
         self._reporting: Epoch | None = None  # the one whose losses go out, or went last
+        self._asked_for = self._start.epoch  # what the fetching thread waits for, or takes in
         self._kept: dict[int, Epoch] = {}  # what can be sent again
+        self._missed: set[int] = set()  # epochs that went on without this rank from beginning to end
         self._uniform_stop = 0  # the epochs before it were begun on draws of our own, while no server answered
         self._behind: FailedPreconditionError | None = None  # why the reporting thread is to join again
         self._num_rejoins = 0
@@ -187,7 +189,11 @@ class Run:
         return not self._closing.is_set() and self._error is None
 
     def flush(self) -> None:
-        """Return when all losses handed over so far are in the store: what is before `position` is safe then."""
+        """Return when all losses handed over so far are in the store: what is before `position` is safe then.
+
+        In an epoch that is drawn uniformly it returns at once: what the epochs before have yet to report is kept, and
+        reported when a server is back.
+        """
         epoch = self._current
         if epoch is not None and not epoch.is_uniform and not self._closing.is_set():
             self._flush(epoch, self._wait_timeout_s)
@@ -334,7 +340,7 @@ class Run:
     def _fetch(self) -> None:
         number, first_step = self._start
         while True:
-            self._fetching = None
+            self._fetching, self._asked_for = None, number
             self._fetch_epoch(number, first_step)
             with self._changed:
                 epoch = self._fetching
@@ -345,21 +351,23 @@ class Run:
                     self._changed.wait()
                 if self._is_stopping or self._has_ended:
                     return
-                missed = number if epoch is None else number + 1
-                if self._joined_epoch > missed:
-                    _log.warning("epochs %d to %d went on without rank %d", missed, self._joined_epoch - 1, self.rank)
+                missed = range(number if epoch is None else number + 1, self._joined_epoch)
+                if missed:
+                    self._missed.update(missed)
+                    _log.warning("epochs %d to %d went on without rank %d", missed[0], missed[-1], self.rank)
                 number, first_step = max(number + 1, self._joined_epoch), 0
 
     def _fetch_epoch(self, number: int, first_step: int) -> None:
         """Fetch one epoch as room permits, through outages. Leaves `_fetching` unset if the run has ended instead."""
-        outage: Iterator[Callable[[grpc.RpcError], None]] | None = None
+        outage = self._connection.retries(self._closing)
         self._wait_began_s = time.monotonic()
         has_ended = False
         while not has_ended:
             streaming_as = self._member
+            retry = next(outage)
             try:
                 has_ended = self._fetch_rows(number, first_step)
-                outage = None
+                outage = self._connection.retries(self._closing)
             except grpc.RpcError as error:
                 failure = from_grpc(error)
                 if isinstance(failure, (EpochClosedError, StoreBehindError)):
@@ -367,8 +375,7 @@ class Run:
                 elif isinstance(failure, SupersededError) and self._has_joined_since(streaming_as):
                     pass  # it was sent as who this process was before
                 elif not isinstance(failure, WaitTimeoutError):
-                    outage = outage or self._connection.retries(self._closing)
-                    next(outage)(error)
+                    retry(error)
                 if self._joined_epoch > number:
                     return
             epoch = self._fetching
@@ -540,9 +547,9 @@ class Run:
 
     def _deliver(self, epoch: Epoch) -> None:
         """Report what was handed over, and finish the epoch if that was all."""
-        while epoch.num_reported < epoch.num_consumed and not epoch.is_finished:
-            self._report_steps(epoch, epoch.num_reported, epoch.num_consumed)
-        if epoch.is_complete and epoch.num_reported >= epoch.stop and not epoch.is_finished:
+        while epoch.num_reported < epoch.num_due and not epoch.is_finished:
+            self._report_steps(epoch, epoch.num_reported, epoch.num_due)
+        if (epoch.is_closed or epoch.num_reported >= epoch.stop) and not epoch.is_finished:
             self._finish(epoch)
 
     def _report_steps(self, epoch: Epoch, first_step: int, stop: int) -> None:
@@ -560,14 +567,13 @@ class Run:
 
     def _finish(self, epoch: Epoch) -> None:
         losses = epoch.losses.reshape(-1)
-        for _ in range(_MAX_REPORTS_AGAIN):
-            request = pb.FinishEpochRequest(
-                member=self._member,
-                epoch=epoch.number,
-                plan_id=epoch.plan_id,
-                reported_rows=int(np.count_nonzero(~np.isnan(losses))),
-                checksum=checksum(losses),
-            )
+        # Of an epoch that this process has not gone through to its end, an earlier process may have reported more.
+        is_whole = not epoch.is_closed and epoch.stop == epoch.num_steps and epoch.first_step < epoch.num_steps
+        for attempt in range(_MAX_REPORTS_AGAIN):
+            request = pb.FinishEpochRequest(member=self._member, epoch=epoch.number, plan_id=epoch.plan_id)
+            if is_whole or not attempt:
+                request.reported_rows = int(np.count_nonzero(~np.isnan(losses)))
+                request.checksum = checksum(losses)
             response = self._connection.call("FinishEpoch", request, give_up=self._closing)
             if not response.missing_steps:
                 epoch.is_finished = True
@@ -575,8 +581,9 @@ class Run:
                 return
             _log.warning("epoch %d: the store lacks some losses: sending them again", epoch.number)
             for missing in response.missing_steps:
-                stop = missing.first_step + missing.num_steps
-                for step in range(missing.first_step, stop, max(_REPORT_BYTES // (4 * epoch.part_rows), 1)):
+                stop = min(missing.first_step + missing.num_steps, epoch.num_due)
+                first = max(missing.first_step, epoch.first_step)
+                for step in range(first, stop, max(_REPORT_BYTES // (4 * epoch.part_rows), 1)):
                     self._report_steps(epoch, step, stop)
         raise InternalError(f"epoch {epoch.number}: the store keeps other losses than it is sent")
 
@@ -598,7 +605,9 @@ class Run:
         """Find out where the experiment stands, and send again what the store has lost."""
         self._num_rejoins += 1
         if self._num_rejoins > _MAX_REJOINS:
-            raise why
+            raise StoreBehindError(
+                f"the store does not keep what it is sent, however often the run joins again: begin a new run. ({why})"
+            ) from why
         self._closing.wait(_REPORT_INTERVAL_S * (self._num_rejoins - 1))
         request = pb.JoinRunRequest()
         request.CopyFrom(self._join)
@@ -608,44 +617,56 @@ class Run:
         with self._changed:
             self._became_member(joined)
             latest = self._reporting
-            if latest is None or joined.position.epoch > latest.number:
+            last = self._asked_for - 1 if latest is None else latest.number
+            if joined.position.epoch > last:
                 if latest is not None and not latest.is_finished:
-                    self._end_early(latest, "the epoch has ended without it")
-                    latest.is_finished = True
+                    self._end_early(latest, "it has ended without it")
+                    latest.close()
                 return
         _log.warning("the store has lost what it had acknowledged (%s): sending it again", why)
-        for number in range(joined.position.epoch, latest.number + 1):
-            start = self._start_of(number)
-            epoch = self._kept.get(number)
-            if epoch is None:
-                # None of its rows is ours if the run began where the epoch ends.
-                if (number, start.num_steps) != (joined.position.epoch, joined.position.step):
-                    raise DataLossError(
-                        f"the store has gone back to epoch {number}, whose losses this run no longer has: begin a new "
-                        "run from a checkpoint"
-                    )
-                epoch = Epoch(self, number, start.num_steps, start)
-            self._check_same_rows(epoch, start)
-            epoch.plan_id = start.plan_id
-            epoch.num_reported, epoch.is_finished = epoch.first_step, False
-            self._deliver(epoch)
+        before: Epoch | None = None
+        for number in range(joined.position.epoch, last + 1):
+            while (start := self._start_of(number)) is None:
+                if before is not None:  # once more: the store may have lost just that, and wait for it
+                    self._finish(before)
+            before = self._to_send_again(number, start, Position(joined.position.epoch, joined.position.step))
+            self._deliver(before)
+
+    def _to_send_again(self, number: int, start: pb.EpochStart, joined_at: Position) -> Epoch:
+        """An epoch as it is kept, for a plan that the store has now."""
+        epoch = self._kept.get(number)
+        if epoch is None:
+            # None of its rows is ours if it went on without this rank, or the run began where it ends.
+            if number not in self._missed and (number, start.num_steps) != joined_at:
+                raise DataLossError(
+                    f"the store has gone back to epoch {number}, whose losses this run no longer has: begin a new run "
+                    "from a checkpoint"
+                )
+            return Epoch(self, number, start.num_steps, start)
+        self._check_same_rows(epoch, start)
+        epoch.plan_id = start.plan_id
+        epoch.num_reported, epoch.is_finished = epoch.first_step, False
+        return epoch
 
     def _became_member(self, joined: pb.JoinRunResponse) -> None:
         self._joined_epoch = joined.position.epoch
         self._member = pb.Member(ref=self._join.ref, generation=joined.generation, rank=self.rank, claim=joined.claim)
 
-    def _start_of(self, number: int) -> pb.EpochStart:
-        """What an epoch's stream begins with, once it is planned."""
+    def _start_of(self, number: int) -> pb.EpochStart | None:
+        """What an epoch's stream begins with; None if it is not planned soon."""
         last_step = self.spec.shape(number).num_steps
         request = pb.StreamEpochRequest(member=self._member, epoch=number, first_step=last_step)
-        while True:
+        for retry in self._connection.retries(self._closing):
             try:
-                responses = self._connection.collect(
-                    "StreamEpoch", request, timeout_s=_CHECK_INTERVAL_S, give_up=self._closing
-                )
-            except WaitTimeoutError:
-                continue
-            return cast(pb.EpochStart, next(response.start for response in responses if response.HasField("start")))
+                for response in self._connection.stub().StreamEpoch(request, timeout=_CHECK_INTERVAL_S):
+                    self._connection.answered()
+                    if response.HasField("start"):
+                        return response.start
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    return None
+                retry(error)
+        raise AssertionError("retries end by raising")
 
 
 def _for_whom(ranks: list[int]) -> str:

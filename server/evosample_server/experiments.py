@@ -123,13 +123,16 @@ class Experiments:
                 "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
             )
         head = await self._store.head(name)
-        if head is None:
+        if head is not None:
+            await self._store.list_name(name)  # whoever made it may have ended before it could
+        else:
             if await self._store.count_names(name.project) >= self._limits.max_experiments:
                 raise ResourceExhaustedError(
                     f"project {name.project!r} has {self._limits.max_experiments:,} experiments, as many as this "
                     "server takes: delete some, or raise it with --max-experiments"
                 )
             await self._store.create(name, spec)
+            await self._store.list_name(name)
         head = await self._planner.settled(name)
         if head is None:
             raise NotFoundError(f"experiment {name.name!r} was deleted while it was being created", field="name")
@@ -179,6 +182,8 @@ class Experiments:
             head = await self._planner.settled(name)
             if head is None or (uid and head.uid != uid):
                 raise _gone(name, uid)
+            if not head.generation:
+                raise FailedPreconditionError(f"no run of experiment {name.name!r} has begun: there is nothing to end")
             if epoch > head.epoch:
                 raise FailedPreconditionError(
                     f"epoch {epoch} is not reached yet: the experiment stands at epoch {head.epoch}"
@@ -222,10 +227,7 @@ class Experiments:
         self, name: ExperimentName, uid: str, num_samples: int, columns: AsyncIterator[ScoreRows]
     ) -> None:
         """Start an experiment from known scores, before its first run joins."""
-        await self._head(name, uid)
-        head = await self._planner.settled(name)
-        if head is None or (uid and head.uid != uid):
-            raise _gone(name, uid)
+        head = await self._head(name, uid)
         n = head.spec.num_samples
         if num_samples != n:
             raise InvalidValue("num_samples", num_samples, f"the experiment's number of samples, {n:,}")
@@ -248,8 +250,14 @@ class Experiments:
             done += num_rows
         if done != n:
             raise InvalidValue("scores", f"{done:,} samples", f"those of all {n:,}")
-        if not await self._planner.import_scores(head, scores):
-            raise _started(head)
+        is_imported = False
+        while not is_imported:  # other ranks may be bringing the same scores
+            found = await self._planner.settled(name)
+            if found is None or found.uid != head.uid:
+                raise _gone(name, head.uid)
+            if found.generation:
+                raise _started(found)
+            is_imported = await self._planner.import_scores(found, scores)
 
     async def join(
         self,
@@ -266,6 +274,8 @@ class Experiments:
         process_id: str,
     ) -> Joined:
         """Make the caller a rank of a run; a new run_id starts a new generation."""
+        if not uid:
+            raise InvalidValue("ref.uid", uid, "the uid that CreateExperiment or GetExperiment gave")
         check_name("run_id", run_id)
         if process_id:
             check_name("process_id", process_id)
@@ -280,6 +290,7 @@ class Experiments:
                 raise _gone(name, uid)
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
+            stored_claim = await self._store.claim(head, rank)
             target = self._target(head, run_id, position)
             is_retained = target.epoch in (head.epoch, *await self._store.retained_epochs(head))
             if not is_retained or target.epoch > head.epoch:
@@ -293,10 +304,12 @@ class Experiments:
                 rank=rank,
                 world_size=world_size,
                 straggler_timeout_ms=straggler_timeout_ms or 0,
-                given=position is not None,
+                position=_canonical(head.spec, target),
+                is_given=position is not None,
                 target=target,
                 rejoining_as=rejoining_as,
                 process_id=process_id,
+                stored_claim=stored_claim,
             )
             match answer:
                 case ["changed"] | ["not_retained"]:
@@ -321,7 +334,7 @@ class Experiments:
                 case ["position", other]:
                     raise InvalidValue(
                         "position",
-                        tuple(target),
+                        tuple(_canonical(head.spec, target)),
                         f"({other.replace(' ', ', ')}): the run {run_id!r} was begun there. All ranks of a run begin "
                         "at the same position; every start of a job needs a run_id of its own",
                     )
@@ -396,6 +409,7 @@ class Experiments:
                 last_message_s = time.monotonic()
             await self._planner.wait(changed)
         if head.state == "finished":
+            await self._store.replicated(name)  # this rank may end now, and could send nothing again
             return
         shape = head.spec.shape(epoch)
         check_int("first_step", first_step, 0, shape.num_steps)
@@ -503,8 +517,8 @@ class Experiments:
         head = await self._head_of_member(name, uid, member)
         if head.epoch > epoch:
             return Finish([], [])
-        await self._planner.announce(uid)
         if head.state == "sealed":
+            await self._planner.announce(uid)
             self._planner.start_turn(head)
         return Finish([], (await self._store.unfinished_ranks(head))[:_MAX_NAMED_RANKS])
 
@@ -590,10 +604,17 @@ def _gone(name: ExperimentName, uid: str) -> NotFoundError:
     )
 
 
+def _canonical(spec: ExperimentSpec, position: Position) -> Position:
+    """A position in the form that does not depend on where the head stands: an epoch's end is the next one's start."""
+    if position.epoch < spec.num_epochs and position.step == spec.shape(position.epoch).num_steps:
+        return Position(position.epoch + 1, 0)
+    return position
+
+
 def _started(head: Head) -> FailedPreconditionError:
     return FailedPreconditionError(
-        f"a run has joined experiment {head.name.name!r}, or it has just been changed: scores are imported before the "
-        "first run. Import them into a new experiment"
+        f"a run has joined experiment {head.name.name!r}: scores are imported before the first run. Import them into a "
+        "new experiment"
     )
 
 

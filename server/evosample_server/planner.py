@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import structlog
 from redis.exceptions import RedisError
 
+from evosample.errors import EpochClosedError
 from evosample.sampling import Scores, fold_epoch, initial_scores, plan_epoch, table_checksum
 from evosample.wire import ExperimentName, ExperimentState
 from evosample_server.store import Head, RowCounts, Store
@@ -104,6 +105,8 @@ class Planner:
             renewal = asyncio.create_task(self._renew_lock(head, token))
             try:
                 await self._turn(head)
+            except EpochClosedError:  # another server has made it, and removed what it no longer needs
+                return True
             finally:
                 renewal.cancel()
                 await self._store.unlock_turn(head, token)

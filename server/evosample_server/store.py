@@ -295,11 +295,13 @@ class Store:
             "create_time": int(time.time()),
         }
         await self._run("create", [keys.head(name)], (item for pair in fields.items() for item in pair))
-        # After the head, and by every attempt: a name in the index without a head is mended by whoever lists it.
-        await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
-        await self._replicated(name)
+        await self.replicated(name)
 
-    async def _replicated(self, name: ExperimentName) -> None:
+    async def list_name(self, name: ExperimentName) -> None:
+        """Put a name into its project's index. One without a head is mended by whoever lists it."""
+        await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
+
+    async def replicated(self, name: ExperimentName) -> None:
         """Return once a replica has what was written so far, if there is one: then a fail-over does not lose it.
 
         For a second at most: what is lost all the same is sent again by living clients.
@@ -369,10 +371,12 @@ class Store:
         rank: int,
         world_size: int,
         straggler_timeout_ms: int,
-        given: bool,
+        position: Position,
+        is_given: bool,
         target: Position,
         rejoining_as: Member | None,
         process_id: str,
+        stored_claim: str,
     ) -> list[str]:
         """One atomic attempt to join; see join.lua for the answers."""
         experiment = head.keys
@@ -385,15 +389,20 @@ class Store:
             experiment.plan(head.plan_id),
             experiment.runs,
         ]
-        position = f"{target.epoch} {target.step}" if given else ""
-        args = [*head.identity(), run_id, rank, world_size, straggler_timeout_ms, position, *target]
+        at = f"{position.epoch} {position.step}"
+        args = [*head.identity(), run_id, rank, world_size, straggler_timeout_ms, at, int(is_given), *target]
         args += ["", ""] if rejoining_as is None else [rejoining_as.generation, rejoining_as.claim]
-        args.append(process_id)
+        args += [process_id, stored_claim]
         return [item.decode() for item in await self._run("join", script_keys, args)]
+
+    async def claim(self, head: Head, rank: int) -> str:
+        """The claim of a rank's latest process; empty if there is none."""
+        stored = await cast(Any, self._redis.hget(head.keys.claims, str(rank)))
+        return "" if stored is None else stored.decode()
 
     async def refusal(self, head: Head, member: Member) -> Literal["superseded", "behind"] | None:
         """Why a member is not the latest process of its rank in the latest run, if it is not; as in member.lua."""
-        stored = await cast(Any, self._redis.hget(head.keys.claims, str(member.rank)))
+        stored = await self.claim(head, member.rank)
         claim = int(stored) if stored else None
         if (member.generation, member.claim) == (head.generation, claim):
             return None
@@ -516,7 +525,7 @@ class Store:
         args = [*head.identity(), epoch, plan_id, state, table_checksum, *counts]
         is_committed = bool(await self._run("commit", script_keys, args))
         if is_committed:
-            await self._replicated(head.name)
+            await self.replicated(head.name)
         return is_committed
 
     async def collect(self, head: Head, *, lost_plan: str = "") -> None:

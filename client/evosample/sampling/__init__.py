@@ -1,6 +1,6 @@
 """The algorithm: pure functions on numpy arrays. No clock, no I/O, no state; randomness is an argument or a seed."""
 
-from evosample.sampling.checks import InvalidValue, check_int, check_name
+from evosample.sampling.checks import InvalidValue, check_int, check_name, check_seconds
 from evosample.sampling.epoch import FoldCounts, Table, fold_epoch, keep_samples, permutation, plan_epoch
 from evosample.sampling.layout import (
     checksum,
@@ -44,6 +44,7 @@ __all__ = [
     "check_losses",
     "check_name",
     "check_scores",
+    "check_seconds",
     "checksum",
     "exponentials",
     "fold_epoch",

@@ -43,6 +43,12 @@ def check_ratio(field: str, value: float, *, high_inclusive: bool) -> None:
         raise InvalidValue(field, value, f"a number with 0 <= {field} {'<=' if high_inclusive else '<'} 1")
 
 
+def check_seconds(field: str, value: object) -> None:
+    """Raises InvalidValue unless `value` is a time that one can wait: a finite number of seconds, at least 0.001."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0.001 <= float(value) <= 2**30:
+        raise InvalidValue(field, value, "a finite number of seconds, at least 0.001")
+
+
 def check_name(field: str, value: object) -> str:
     """`value` as the name of an experiment or a project; raises InvalidValue."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):

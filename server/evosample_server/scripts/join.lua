@@ -1,8 +1,10 @@
 -- Makes a rank a member of a run; a new run_id makes a new generation and moves the head to its position.
 -- KEYS: head, claims, finished, epochs, pins, plan (of the head as the caller read it), runs
 -- ARGV: uid, epoch, state, plan_id, generation (of the head as the caller read it),
---       run_id, rank, world_size, straggler_timeout_ms (0: none), position given ('' or 'epoch step'),
---       target epoch, target step, generation and claim of who joins again ('' if nobody does), process_id ('' if none)
+--       run_id, rank, world_size, straggler_timeout_ms (0: none),
+--       position ('epoch step', never an epoch's end), whether it was given, target epoch and step (the same as it is seen
+--       from the head), generation and claim of who joins again ('' if nobody does), process_id ('' if none),
+--       claim of the rank's latest process as the caller read it ('' if none)
 -- Returns {'joined', generation, claim} or {what is wrong, ...}.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'run_id', 'world_size',
   'run_position', 'straggler_timeout_ms')
@@ -14,9 +16,9 @@ for i = 2, 5 do
     return {'changed'}
   end
 end
-local run_id, rank, world_size, straggler_timeout_ms, given = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local target_epoch, target_step, process = ARGV[11], ARGV[12], ARGV[15]
-local old_generation, old_claim = tonumber(ARGV[13]), tonumber(ARGV[14])
+local run_id, rank, world_size, straggler_timeout_ms = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local position, is_given, target_epoch, target_step = ARGV[10], ARGV[11] == '1', ARGV[12], ARGV[13]
+local old_generation, old_claim, process = tonumber(ARGV[14]), tonumber(ARGV[15]), ARGV[16]
 local is_known = h[6] == run_id
 
 -- Who has been here and is not the latest any more does not come back: not even as a request that was delayed.
@@ -28,6 +30,9 @@ if is_known then
   end
   if process_claim or (old_generation and stored_claim and tonumber(stored_claim) > old_claim) then
     return {'superseded'}
+  end
+  if (stored_claim or '') ~= ARGV[17] then -- another process of the rank has joined since this one asked
+    return {'changed'}
   end
 elseif redis.call('HEXISTS', KEYS[7], run_id) == 1 or (old_generation and old_generation <= tonumber(h[5])) then
   return {'superseded'}
@@ -51,7 +56,7 @@ if is_known then
   if h[9] ~= straggler_timeout_ms then
     return {'straggler_timeout_ms', h[9]}
   end
-  if given ~= '' and given ~= h[8] and not old_generation then
+  if is_given and position ~= h[8] and not old_generation then
     return {'position', h[8]}
   end
   take_place()
@@ -87,7 +92,7 @@ elseif h[3] == 'open' then
 end
 generation = string.format('%.0f', generation)
 redis.call('HSET', KEYS[1], 'generation', generation, 'run_id', run_id, 'world_size', world_size,
-  'run_position', target_epoch .. ' ' .. target_step, 'first_step', target_step,
+  'run_position', position, 'first_step', target_step,
   'straggler_timeout_ms', straggler_timeout_ms, 'finish_began_ms', 0)
 redis.call('HSET', KEYS[7], run_id, generation)
 redis.call('DEL', KEYS[2], KEYS[3])
