@@ -120,8 +120,10 @@ def import_scores(
             found = {
                 field: columns[field] for field in ("scores", "sampling_weights", "num_visits") if field in columns
             }
-    except (OSError, ValueError) as error:
-        raise EvosampleError(f"can't read {file}: {error}") from error
+    except OSError as error:
+        raise EvosampleError(f"can't read {file}: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
+        raise EvosampleError(f"{file} is no .npz file: expected what `evosample export` writes") from error
     if "scores" not in found:
         raise EvosampleError(f"{file} has no array `scores`: expected what `evosample export` writes")
     with _connect(address) as client:
@@ -140,6 +142,8 @@ def finish_epoch(
     with _connect(address) as client:
         experiment = client.get_experiment(name, project=project)
         status = experiment.status()
+        if status.state == "finished":
+            raise EvosampleError(f"{project}/{name} has finished: there is no epoch to end")
         missing = sorted(set(range(status.world_size)) - set(status.finished_ranks))
         if not yes:
             question = f"End epoch {status.epoch} of {project}/{name} without the ranks {_listed(missing)}?"

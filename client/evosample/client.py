@@ -45,6 +45,7 @@ from evosample.wire import (
 
 _log = logging.getLogger("evosample")
 
+_SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint32}
 _IMPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
 
 
@@ -175,6 +176,12 @@ class Client:
             InvalidArgumentError: a value is out of range, an epoch could have no step, or no step would ever select.
             AlreadyExistsError: the name is taken by an experiment with another spec.
         """
+        if initial_scores is not None and not isinstance(initial_scores, ExportedScores):
+            raise InvalidArgumentError(
+                f"initial_scores={type(initial_scores).__name__}: expected what export_scores() gives; arrays of other "
+                "origin go into evosample.ExportedScores(epoch=0, scores=..., sampling_weights=..., num_visits=...)",
+                field="initial_scores",
+            )
         with as_invalid_argument():
             spec = ExperimentSpec(
                 num_samples=num_samples,
@@ -187,6 +194,9 @@ class Client:
                 warm_start=initial_scores is not None,
             )
             request = pb.CreateExperimentRequest(ref=self._ref(name, project), spec=spec_to_proto(spec))
+        if initial_scores is not None:
+            for field, column_dtype in _SCORE_DTYPES.items():  # before anything is created
+                checked_column(field, getattr(initial_scores, field), column_dtype, spec.num_samples)
         created = self._connection.call("CreateExperiment", request).experiment
         experiment = self._experiment(created)
         if initial_scores is not None and not created.generation:
@@ -290,8 +300,8 @@ class Experiment:
             rank: this process's number in the job, 0 <= rank < world_size.
             world_size: W, processes of the job; a divisor of the meta-batch and the mini-batch size.
             run_id: names this start of the job: the same on all ranks, another for every start. Needed if W > 1.
-            position: (epoch, step) from which to go on, such as an earlier run's `position`. Default: the start of
-                the current epoch.
+            position: (epoch, step) from which to go on, such as an earlier run's `position` after its `flush()`.
+                Default: the start of the current epoch.
             read_ahead: batches that may be taken before the losses of the one that is due are handed over.
             wait_timeout_s: how long to wait for other ranks at an epoch's end; then WaitTimeoutError names them.
             straggler_timeout_s: how long after the first rank has finished an epoch the others are waited for; then it
@@ -348,6 +358,15 @@ class Experiment:
         at = Position(joined.position.epoch, joined.position.step)
         if at.epoch and (start is None or at.epoch < start.epoch - 1 or at.epoch > start.epoch + 1):
             _log.warning("experiment %s goes on at epoch %d of %d", self.name, at.epoch, self.spec.num_epochs)
+        if joined.unreported_rows:
+            _log.warning(
+                "experiment %s: %d rows of epoch %d before step %d have no losses, and count as not visited. Call "
+                "run.flush() before you save run.position",
+                self.name,
+                joined.unreported_rows,
+                at.epoch,
+                at.step,
+            )
         run = Run(
             self._connection,
             self.spec,
@@ -401,12 +420,8 @@ class Experiment:
         weights = scores if sampling_weights is None else sampling_weights
         visits = np.ones(self.spec.num_samples) if num_visits is None else num_visits
         columns = [
-            self._checked_column(field, values, dtype)
-            for field, values, dtype in (
-                ("scores", scores, np.float32),
-                ("sampling_weights", weights, np.float32),
-                ("num_visits", visits, np.uint32),
-            )
+            checked_column(field, values, dtype, self.spec.num_samples)
+            for (field, dtype), values in zip(_SCORE_DTYPES.items(), (scores, weights, visits), strict=True)
         ]
 
         def requests() -> Iterator[pb.ImportScoresRequest]:
@@ -421,25 +436,6 @@ class Experiment:
                 yield message
 
         self._connection.send("ImportScores", requests)
-
-    def _checked_column(self, field: str, values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
-        found = np.asarray(values)
-        if found.shape != (self.spec.num_samples,) or found.dtype.kind not in "iuf":
-            raise InvalidArgumentError(
-                f"{field}: expected numbers of shape ({self.spec.num_samples},), one a sample of the experiment; got "
-                f"{found.dtype} of shape {found.shape}",
-                field=field,
-            )
-        if dtype is np.uint32:
-            bad = ~((found >= 0) & (found < 2**32) & (found == np.floor(found)))
-            if bad.any():
-                position = int(np.argmax(bad))
-                raise InvalidArgumentError(
-                    f"{field}: expected integers from 0 to 4,294,967,295; the one at position {position} is "
-                    f"{found[position]}",
-                    field=field,
-                )
-        return found.astype(dtype)
 
     def pin_epoch(self, name: str, epoch: int) -> None:
         """Keep an epoch's scores and losses under a name, so that a run can go back to it for longer than to others.
@@ -489,6 +485,27 @@ class Experiment:
 def _check_choice(field: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         raise InvalidValue(field, value, f"one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def checked_column(field: str, values: ArrayLike, dtype: DTypeLike, num_samples: int) -> NDArray[Any]:
+    """One number a sample, as they are sent; raises InvalidArgumentError."""
+    found = np.asarray(values)
+    if found.shape != (num_samples,) or found.dtype.kind not in "iuf":
+        raise InvalidArgumentError(
+            f"{field}: expected numbers of shape ({num_samples},), one a sample of the experiment; got "
+            f"{found.dtype} of shape {found.shape}",
+            field=field,
+        )
+    if dtype is np.uint32:
+        bad = ~((found >= 0) & (found < 2**32) & (found == np.floor(found)))
+        if bad.any():
+            position = int(np.argmax(bad))
+            raise InvalidArgumentError(
+                f"{field}: expected integers from 0 to 4,294,967,295; the one at position {position} is "
+                f"{found[position]}",
+                field=field,
+            )
+    return found.astype(dtype)
 
 
 def _checked_position(position: tuple[int, int]) -> Position:

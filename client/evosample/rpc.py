@@ -30,6 +30,7 @@ _CHANNEL_OPTIONS = [
     # A server that is frozen, or gone without a word, is found out after 20 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer gRPC goes by; a minute if not set
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),  # channels of one process don't share their back-off
     # A name may stand for many servers: calls go to all of them in turn.
@@ -240,6 +241,8 @@ def from_grpc(error: grpc.RpcError) -> EvosampleError:
             reason = info.reason
         elif detail.Unpack(bad_request) and bad_request.field_violations:
             field = bad_request.field_violations[0].field
+    if status is None and code in ("CANCELLED", "UNKNOWN"):  # by gRPC itself, as when a server stops
+        return errors.UnavailableError(f"the call was broken off: {message}")
     leaves = _leaves(EvosampleError)
     matching = [leaf for leaf in leaves if leaf.code == code]
     exact = [leaf for leaf in matching if leaf.reason == reason]

@@ -170,7 +170,9 @@ class Loader:
         """The position, once every loss before it is in the store. Save it with the model; call it on all ranks."""
         if self._run is not None:
             self._run.flush()
-        return {"experiment": self.experiment.name, "epoch": self.position.epoch, "step": self.position.step}
+        position = self.position
+        experiment = self.experiment
+        return {"experiment": experiment.name, "uid": experiment.uid, "epoch": position.epoch, "step": position.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position. With several ranks, after a new start of the job with a new run_id."""
@@ -179,6 +181,12 @@ class Loader:
         if state["experiment"] != self.experiment.name:
             raise InvalidArgumentError(
                 f"the state belongs to experiment {state['experiment']!r}, the loader to {self.experiment.name!r}",
+                field="state",
+            )
+        if state.get("uid", self.experiment.uid) != self.experiment.uid:
+            raise InvalidArgumentError(
+                f"the state belongs to an earlier experiment {self.experiment.name!r}, which was deleted: begin the "
+                "new one at its start",
                 field="state",
             )
         self._leave_run()

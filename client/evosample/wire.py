@@ -90,7 +90,8 @@ def check_address(field: str, address: object) -> None:
     """Raises InvalidValue unless this is HOST:PORT or unix:/PATH. (gRPC takes a port modulo 65,536.)"""
     _, colon, port = str(address).rpartition(":")
     is_port = bool(colon) and port.isascii() and port.isdigit() and int(port) < 2**16
-    if not isinstance(address, str) or not (is_port or address.startswith("unix:")):
+    is_path = str(address).startswith("unix:/")
+    if not isinstance(address, str) or not (is_port or is_path) or "://" in address or " " in address:
         raise InvalidValue(field, address, "HOST:PORT with a port from 0 to 65535, or unix:/PATH")
 
 

@@ -42,6 +42,7 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer gRPC goes by; a minute if not set
     ("grpc.max_connection_idle_ms", 600_000),  # clients connect again by themselves
 ]
 

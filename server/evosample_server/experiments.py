@@ -65,6 +65,7 @@ class Joined(NamedTuple):
     generation: int
     claim: int
     position: Position
+    unreported_rows: int
 
 
 class EpochWait(NamedTuple):
@@ -290,6 +291,7 @@ class Experiments:
                 raise _gone(name, uid)
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
+            await self._check_has_scores(head)
             stored_claim = await self._store.claim(head, rank)
             target = self._target(head, run_id, position)
             is_retained = target.epoch in (head.epoch, *await self._store.retained_epochs(head))
@@ -340,11 +342,29 @@ class Experiments:
                     )
                 case ["joined", generation, claim]:
                     if run_id == head.run_id:
-                        target = Position(head.epoch, head.first_step)
+                        return Joined(int(generation), int(claim), Position(head.epoch, head.first_step), 0)
                     await self._planner.announce(uid)
-                    return Joined(int(generation), int(claim), target)
+                    return Joined(int(generation), int(claim), target, await self._unreported_rows(name, target))
                 case _:
                     raise AssertionError(answer)
+
+    async def _check_has_scores(self, head: Head) -> None:
+        """Raises if an experiment that is to start from known scores has not got them yet."""
+        if head.spec.warm_start and not head.generation:
+            scores = await self._store.read_scores(head, head.plan_id)
+            if not scores.num_visits.any():
+                raise FailedPreconditionError(
+                    f"experiment {head.name.name!r} is to start from known scores (warm_start), which are yet to be "
+                    "imported: create it again with initial_scores, or use ImportScores"
+                )
+
+    async def _unreported_rows(self, name: ExperimentName, position: Position) -> int:
+        """Rows of the current epoch before a position for which there is no loss."""
+        head = await self._store.head(name) if position.step else None
+        if head is None or head.epoch != position.epoch:
+            return 0
+        num_rows = position.step * head.spec.shape(head.epoch).step_rows
+        return int(np.count_nonzero(np.isnan((await self._store.read_losses(head))[:num_rows])))
 
     @staticmethod
     def _target(head: Head, run_id: str, position: Position | None) -> Position:

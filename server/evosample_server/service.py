@@ -110,7 +110,12 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             process_id=request.process_id,
         )
         position = pb.Position(epoch=joined.position.epoch, step=joined.position.step)
-        return pb.JoinRunResponse(generation=joined.generation, claim=joined.claim, position=position)
+        return pb.JoinRunResponse(
+            generation=joined.generation,
+            claim=joined.claim,
+            position=position,
+            unreported_rows=joined.unreported_rows,
+        )
 
     @_translated
     async def StreamEpoch(self, request: pb.StreamEpochRequest, context: Context) -> Any:

@@ -196,7 +196,18 @@ def test_a_private_server_that_cannot_be_started_again_is_named(name: str, tmp_p
             client.get_experiment(name)
 
 
-@pytest.mark.parametrize("address", ["", "nowhere", "host:99999", "host:x", 5])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), None, "5"])
+def test_a_time_that_nobody_can_wait_is_refused(client: evosample.Client, name: str, seconds: Any) -> None:
+    for field in ("connect_timeout_s", "outage_timeout_s"):
+        with pytest.raises(evosample.InvalidArgumentError, match=f"{field}="):
+            evosample.connect("127.0.0.1:1", **{field: seconds})
+    with pytest.raises(evosample.InvalidArgumentError, match="wait_timeout_s="):
+        client.create_experiment(name, **SETTINGS).epochs(wait_timeout_s=seconds)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "nowhere", "host:99999", "host:x", 5, "http://host:1", "a:1 b:2", "unix:", "a:1,"]
+)
 def test_an_address_that_cannot_be_one_is_refused(address: Any) -> None:
     with pytest.raises(evosample.InvalidArgumentError, match="HOST:PORT"):
         evosample.connect(address)

@@ -652,10 +652,10 @@ def test_an_epoch_ends_with_its_last_losses_not_with_its_last_batch(client: evos
     batches = iter(loader)
     ids = next(batches)
     assert next(batches, None) is None
-    assert loader.state_dict() == {"experiment": name, "epoch": 0, "step": STEPS - 1}
+    assert loader.state_dict() == {"experiment": name, "uid": experiment.uid, "epoch": 0, "step": STEPS - 1}
     assert (experiment.status().epoch, experiment.status().finished_ranks) == (0, ())
     loader.mean(loss_of(ids))
-    assert loader.state_dict() == {"experiment": name, "epoch": 1, "step": 0}
+    assert loader.state_dict() == {"experiment": name, "uid": experiment.uid, "epoch": 1, "step": 0}
     assert experiment.export_scores(epoch=1).num_visits.min() == 1
 
 
@@ -770,7 +770,7 @@ def test_the_state_of_a_finished_job_says_so(client: evosample.Client, name: str
     experiment = client.create_experiment(name, **SETTINGS)
     loader = ids_loader(experiment)
     go_through(loader)
-    assert loader.state_dict() == {"experiment": name, "epoch": EPOCHS, "step": 0}
+    assert loader.state_dict() == {"experiment": name, "uid": experiment.uid, "epoch": EPOCHS, "step": 0}
     resumed = ids_loader(experiment)
     resumed.load_state_dict(loader.state_dict())
     assert resumed.progress == 1
@@ -785,7 +785,7 @@ def test_a_new_loader_stands_where_its_experiment_does(client: evosample.Client,
     next(iter(first))
     loader = ids_loader(experiment)
     assert loader.position == (2, 0)
-    assert loader.state_dict() == {"experiment": name, "epoch": 2, "step": 0}
+    assert loader.state_dict() == {"experiment": name, "uid": experiment.uid, "epoch": 2, "step": 0}
 
 
 def test_an_epoch_that_the_others_end_is_over_for_the_loader_too_and_it_goes_on_with_the_next(

@@ -68,6 +68,25 @@ def test_servers_killed_inside_a_fold_or_a_commit_cost_nothing(
     assert num_inside >= 4, "too few kills fell into a turn"
 
 
+def test_servers_that_are_stopped_in_order_cost_nothing(undisturbed: Undisturbed, start_replica: StartReplica) -> None:
+    """As in a rolling update: what is under way when they stop is broken off by them, not by the network."""
+    servers = [start_replica(), start_replica()]
+    num_stops = 0
+
+    def stop(rng: random.Random, stopping: threading.Event) -> None:
+        nonlocal num_stops
+        while not stopping.wait(rng.uniform(0, 0.3)):
+            server = rng.choice(servers)
+            assert server.stop() == 0
+            num_stops += 1
+            server.restart()
+
+    with disturbing(stop, 6):
+        addresses = [server.address for server in servers]
+        assert run_job(addresses, "job", pace_s=0.03) == undisturbed()
+    assert num_stops >= 3
+
+
 def test_three_servers_of_which_one_is_killed_again_and_again(
     undisturbed: Undisturbed, start_replica: StartReplica
 ) -> None:

@@ -7,8 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import pytest
-
 import evosample
 from faults.harness import LARGE, Outcome, ReplicatedServer, Turns, disturbing, run_job
 from stores import StandaloneStore
@@ -34,18 +32,32 @@ class At:
             assert self.may_go_on.wait(60)
 
 
-@pytest.mark.parametrize("num_frozen", [1, 2])
-def test_frozen_servers_cost_nothing(undisturbed: Undisturbed, start_replica: StartReplica, num_frozen: int) -> None:
+def test_from_a_frozen_server_clients_go_to_another(undisturbed: Undisturbed, start_replica: StartReplica) -> None:
     servers = [start_replica(), start_replica()]
     at = At(2, 10)
 
     def freeze(rng: random.Random, stopping: threading.Event) -> None:
         assert at.is_there.wait(60)
-        for server in servers[:num_frozen]:
+        servers[0].pause()
+        at.may_go_on.set()
+        stopping.wait()  # until the job has come to its end
+        servers[0].resume()
+
+    with disturbing(freeze, 0):
+        assert run_job([s.address for s in servers], "job", before_step=at, pace_s=0.002) == undisturbed()
+
+
+def test_that_all_servers_are_frozen_costs_nothing(undisturbed: Undisturbed, start_replica: StartReplica) -> None:
+    servers = [start_replica(), start_replica()]
+    at = At(2, 10)
+
+    def freeze(rng: random.Random, stopping: threading.Event) -> None:
+        assert at.is_there.wait(60)
+        for server in servers:
             server.pause()
         at.may_go_on.set()
         time.sleep(FROZEN_S)
-        for server in servers[:num_frozen]:
+        for server in servers:
             server.resume()
 
     with disturbing(freeze, 0):

@@ -323,6 +323,41 @@ def test_the_command_line_imports_what_it_has_exported(
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_position_whose_losses_never_arrived_is_told(
+    client: evosample.Client, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    run = experiment.epochs()
+    go_through(next(run), 3)
+    run.flush()
+    with caplog.at_level(logging.WARNING, "evosample"):
+        experiment.epochs(position=(0, 5))
+    assert "80 rows of epoch 0 before step 5 have no losses" in caplog.text
+    assert "Call run.flush() before you save run.position" in caplog.text
+
+
+def test_an_experiment_without_the_scores_that_it_is_to_start_from_takes_no_run_until_they_are_there(
+    server: ServerProcess, client: evosample.Client, name: str
+) -> None:
+    scores = np.ones(N, np.float32)
+    known = evosample.ExportedScores(0, scores, scores, np.ones(N, np.uint32))
+    with pytest.raises(evosample.InvalidArgumentError, match=r"num_visits: expected numbers of shape \(400,\)"):
+        client.create_experiment(name, **SETTINGS, initial_scores=known._replace(num_visits=np.ones(3, np.uint32)))
+    with pytest.raises(evosample.NotFoundError):
+        client.get_experiment(name)
+    with pytest.raises(evosample.InvalidArgumentError, match="initial_scores=ndarray"):
+        client.create_experiment(name, **SETTINGS, initial_scores=scores)  # type: ignore[arg-type]
+    with grpc.insecure_channel(server.address) as channel:  # as if its creator had died before the import
+        spec = pb.ExperimentSpec(num_samples=N, num_epochs=EPOCHS, meta_batch_size=40, mini_batch_size=10)
+        spec.warm_start = True
+        spec.evolved_sampling.prune_ratio = 0.2
+        request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec)
+        pb_grpc.SelectionServiceStub(channel).CreateExperiment(request)
+    with pytest.raises(evosample.FailedPreconditionError, match="yet to be imported"):
+        client.get_experiment(name).epochs()
+    client.create_experiment(name, **SETTINGS, initial_scores=known).epochs()
+
+
 def test_bad_scores_are_refused_and_change_nothing(client: evosample.Client, name: str) -> None:
     experiment = client.create_experiment(name, **SETTINGS)
     before = experiment.export_scores()
@@ -333,6 +368,9 @@ def test_bad_scores_are_refused_and_change_nothing(client: evosample.Client, nam
         (-good, "scores=-1.0: expected finite values"),
         (["a"] * N, "scores: expected numbers"),
     ]
+    for visits in (-1, 0.5, 2**32):
+        with pytest.raises(evosample.InvalidArgumentError, match="num_visits: expected integers from 0"):
+            experiment.import_scores(good, num_visits=np.full(N, visits))
     for values, said in bad:
         with pytest.raises(evosample.InvalidArgumentError, match=said):
             experiment.import_scores(values)

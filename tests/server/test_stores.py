@@ -38,7 +38,9 @@ SETTINGS: dict[str, Any] = {
 }
 # The rights that a server needs. In a cluster also +cluster|slots; without +config|get it can't see whether the store
 # throws data away when its memory is full.
-RIGHTS = "~evosample:* &evosample:* +@read +@write +@pubsub +@scripting +@connection +time -@dangerous +info +config|get"
+RIGHTS = (
+    "~evosample:* &evosample:* +@read +@write +@pubsub +@scripting +@connection +time -@dangerous +info +config|get"
+)
 
 
 def outcome(

@@ -206,7 +206,7 @@ class ExperimentSpec(google.protobuf.message.Message):
     seed: builtins.int
     """Any value; unset: 0."""
     warm_start: builtins.bool
-    """Scores will be imported: selection begins with the first epoch, without annealing."""
+    """Selection begins with the first epoch, without annealing. Scores must be imported before the first run joins."""
     @property
     def evolved_sampling(self) -> global___EvolvedSampling: ...
     @property
@@ -570,9 +570,14 @@ class JoinRunResponse(google.protobuf.message.Message):
     GENERATION_FIELD_NUMBER: builtins.int
     CLAIM_FIELD_NUMBER: builtins.int
     POSITION_FIELD_NUMBER: builtins.int
+    UNREPORTED_ROWS_FIELD_NUMBER: builtins.int
     generation: builtins.int
     claim: builtins.int
     """Proof that a request comes from this rank's latest process: later ones are larger. Pass it on in Member."""
+    unreported_rows: builtins.int
+    """Where this call has begun a run: rows of the current epoch before `position` that have no loss. They count as not
+    visited: the run before may have ended before it had reported all that its position says.
+    """
     @property
     def position(self) -> global___Position:
         """Where the run stands: stream from here."""
@@ -583,9 +588,10 @@ class JoinRunResponse(google.protobuf.message.Message):
         generation: builtins.int = ...,
         claim: builtins.int = ...,
         position: global___Position | None = ...,
+        unreported_rows: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["position", b"position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["claim", b"claim", "generation", b"generation", "position", b"position"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["claim", b"claim", "generation", b"generation", "position", b"position", "unreported_rows", b"unreported_rows"]) -> None: ...
 
 global___JoinRunResponse = JoinRunResponse
 
