@@ -10,13 +10,24 @@ GOOD: dict[str, Any] = {"num_samples": 1000, "num_epochs": 10, "meta_batch_size"
 
 
 def test_a_run_trains_on_everything_at_either_end() -> None:
-    policy = EvolvedSampling(annealing=0.1)
-    for num_epochs, annealing in [(3, [0, 2]), (10, [0, 9]), (30, [0, 1, 2, 27, 28, 29])]:
-        assert [e for e in range(num_epochs) if policy.is_annealing(e, num_epochs, warm_start=False)] == annealing
-    policy = EvolvedSampling(annealing=0)
-    assert [e for e in range(5) if policy.is_annealing(e, 5, warm_start=False)] == [0]
-    assert [e for e in range(5) if policy.is_annealing(e, 5, warm_start=True)] == []
-    assert [e for e in range(30) if EvolvedSampling(annealing=0.1).is_annealing(e, 30, warm_start=True)] == [27, 28, 29]
+    def annealing(num_epochs: int, share: float, *, warm_start: bool = False) -> list[int]:
+        spec = ExperimentSpec(
+            num_samples=100,
+            num_epochs=num_epochs,
+            meta_batch_size=10,
+            mini_batch_size=5,
+            policy=EvolvedSampling(annealing=share),
+            warm_start=warm_start,
+        )
+        found = [epoch for epoch in range(num_epochs) if spec.shape(epoch).is_annealing]
+        assert spec.num_annealing_epochs == len(found)
+        return found
+
+    for num_epochs, expected in [(3, [0, 2]), (10, [0, 9]), (30, [0, 1, 2, 27, 28, 29])]:
+        assert annealing(num_epochs, 0.1) == expected
+    assert annealing(5, 0) == [0]
+    assert annealing(5, 0, warm_start=True) == []
+    assert annealing(30, 0.1, warm_start=True) == [27, 28, 29]
 
 
 def test_beta2_follows_from_pruning_unless_given() -> None:

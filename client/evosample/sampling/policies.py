@@ -28,9 +28,12 @@ class Policy:
     beta2: float = 0.9
     prune_ratio: float = 0.0
 
-    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
-        """Whether every sample of `epoch` is trained on, without pruning, selection or a scoring pass."""
-        return False
+    def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
+        """How many epochs at the beginning of a run, and how many at its end, train on everything.
+
+        In these there is no pruning, no selection and no scoring pass.
+        """
+        return 0, 0
 
     def prune_weights(self, sampling_weights: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the set level's draw is proportional to: float32 [n]. All zero, as here, makes it uniform."""
@@ -83,9 +86,9 @@ class EvolvedSampling(Policy):
         check_ratio("prune_ratio", self.prune_ratio, high_inclusive=False)
         check_ratio("annealing", self.annealing, high_inclusive=False)
 
-    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
+    def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
         share = math.ceil(self.annealing * num_epochs - 1e-9)  # 0.1 * 30 is a little over 3 in floating point
-        return epoch < (0 if warm_start else max(1, share)) or epoch >= num_epochs - share
+        return 0 if warm_start else max(1, share), share
 
     def prune_weights(self, sampling_weights: NDArray[np.float32]) -> NDArray[np.float32]:
         return sampling_weights
@@ -95,8 +98,8 @@ class EvolvedSampling(Policy):
 class Uniform(Policy):
     """Train on everything: a shuffled pass over the dataset an epoch. `mini_batch_size` is not used."""
 
-    def is_annealing(self, epoch: int, num_epochs: int, *, warm_start: bool) -> bool:
-        return True
+    def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
+        return num_epochs, 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, cast, get_args
 
 from evosample.sampling.checks import InvalidValue, check_int
@@ -16,11 +15,6 @@ MAX_EPOCHS = 1_000_000
 MAX_META_BATCH_SIZE = 2**17
 
 ImportanceWeight = Literal["none", "unbiased", "self_normalized"]
-
-
-@lru_cache(maxsize=1024)  # schedules ask at every step, and a run may have very many epochs
-def _num_annealing_before(policy: Policy, num_epochs: int, warm_start: bool, epoch: int) -> int:
-    return sum(policy.is_annealing(earlier, num_epochs, warm_start=warm_start) for earlier in range(epoch))
 
 
 @dataclass(frozen=True)
@@ -144,11 +138,12 @@ class ExperimentSpec:
         return self._num_annealing_before(self.num_epochs)
 
     def _num_annealing_before(self, epoch: int) -> int:
-        return _num_annealing_before(self.policy, self.num_epochs, self.warm_start, epoch)
+        first, last = self.policy.annealing_ends(self.num_epochs, warm_start=self.warm_start)
+        return min(epoch, first) + max(0, epoch - max(first, self.num_epochs - last))
 
     def shape(self, epoch: int) -> EpochShape:
         """The sizes of `epoch`, 0 <= epoch < num_epochs."""
-        if self.policy.is_annealing(epoch, self.num_epochs, warm_start=self.warm_start):
+        if self._num_annealing_before(epoch + 1) > self._num_annealing_before(epoch):
             return self._shape(self.num_samples, self.meta_batch_size, self.meta_batch_size, is_annealing=True)
         step_rows = self.meta_batch_size if self.policy.scores_meta_batch else self.mini_batch_size
         return self._shape(self._num_kept, step_rows, self.mini_batch_size, is_annealing=False)
