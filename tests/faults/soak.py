@@ -42,6 +42,7 @@ MAX_GROWTH = 1.10
 def work(addresses: str, number: int, seconds: float) -> None:
     """One process that trains: a line of JSON on standard output for every job."""
     deadline_s = time.monotonic() + seconds
+    printing = threading.Lock()
     expected = {world_size: computed(SETTINGS, world_size) for world_size in WORLD_SIZES}
 
     def loop(experiment: int) -> None:
@@ -52,7 +53,8 @@ def work(addresses: str, number: int, seconds: float) -> None:
             began_s = time.monotonic()
             found = run_job(addresses, name, world_size=world_size, pace_s=PACE_S, outage_timeout_s=180)
             report = {"job": name, "is_right": found == expected[world_size], "seconds": time.monotonic() - began_s}
-            print(json.dumps(report), flush=True)
+            with printing:
+                print(json.dumps(report), flush=True)
             with evosample.connect(addresses) as client:
                 client.delete_experiment(name)
             job += 1

@@ -553,7 +553,7 @@ def administrations(draw: st.DrawFn) -> Call:
             return call, ref, draw(mostly(epochs[-1:], range(6)))
         case "pin":
             names = draw(mostly([["x"], ["y"]], [[f"pin-{i}" for i in range(17)]]))
-            return call, ref, names, draw(mostly([*epochs, None], range(6)))
+            return call, ref, names, draw(mostly([*epochs, *epochs[-1:], None], range(6)))
         case "import_scores":
             scores = draw(some_values(known.spec.num_samples if known else 40))
             return call, ref, scores, draw(some_values(scores.size))._replace(size=scores.size), draw(st.booleans())
@@ -571,7 +571,7 @@ def calls(draw: st.DrawFn) -> Call:
         kinds += [streams, reports, reports, reports, selections, selections, finishes, finishes, finishes]
     if machine.refs():
         is_running = any(known.generation and known.state != "finished" for known in machine.model.experiments.values())
-        kinds += [new_runs] * (1 if is_running else len(kinds))
+        kinds += [new_runs] * (2 if is_running else len(kinds))
     return draw(draw(st.sampled_from(kinds))())
 
 
