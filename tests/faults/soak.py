@@ -19,9 +19,11 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import redis
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -110,42 +112,50 @@ def main() -> int:
     if options.worker:
         work(options.worker[0], int(options.worker[1]), seconds)
         return 0
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder, ExitStack() as stack:
         store = StandaloneStore(Path(folder) / "store")
-        servers = [ReplicatedServer(Path(folder) / f"server{number}", store.url) for number in range(3)]
+        stack.callback(store.close)
+        servers = []
+        for number in range(3):
+            servers.append(ReplicatedServer(Path(folder) / f"server{number}", store.url))
+            stack.callback(servers[-1].stop)
+        harm, stopping = Harm(servers[1:], store), threading.Event()
+        threads = stack.enter_context(ThreadPoolExecutor(options.workers + 1))
+        stack.callback(stopping.set)
         addresses = ",".join(server.address for server in servers)
         command = [sys.executable, __file__, "--minutes", str(options.minutes), "--worker", addresses]
-        workers = [
-            subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for number in range(options.workers)
-        ]
-        harm, stopping = Harm(servers[1:], store), threading.Event()
+        workers = []
+        for number in range(options.workers):
+            log = stack.enter_context((Path(folder) / f"worker{number}.log").open("w+"))
+            workers.append(
+                subprocess.Popen(
+                    [*command, str(number)], stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+                )
+            )
+            stack.callback(workers[-1].kill)
         watched = ["server", "store", *(f"client {number}" for number in range(options.workers))]
         memory: dict[str, list[int]] = {what: [] for what in watched}
-        with ThreadPoolExecutor(options.workers + 1) as threads:
-            jobs = [threads.submit(_jobs, worker) for worker in workers]
-            harming = threads.submit(harm.go_on, stopping)
-            with Progress() as progress:
-                task = progress.add_task("soaking", total=seconds)
-                began_s = time.monotonic()
-                while (passed_s := time.monotonic() - began_s) < seconds:
-                    time.sleep(SAMPLE_INTERVAL_S)
-                    progress.update(task, completed=passed_s)
-                    memory["server"].append(rss_bytes(servers[0].process.pid))
-                    for number, worker in enumerate(workers):
-                        if worker.poll() is None:
-                            memory[f"client {number}"].append(rss_bytes(worker.pid))
-                    try:
-                        memory["store"].append(store.call("INFO", "memory")["used_memory"])
-                    except Exception:  # noqa: BLE001  # it is killed or frozen at the moment
-                        continue
-            stopping.set()
-            harming.result()
-            done = [job for future in jobs for job in future.result()]
+        jobs = [threads.submit(_jobs, worker) for worker in workers]
+        harming = threads.submit(harm.go_on, stopping)
+        with Progress() as progress:
+            task = progress.add_task("soaking", total=seconds)
+            began_s = time.monotonic()
+            while (passed_s := time.monotonic() - began_s) < seconds:
+                time.sleep(SAMPLE_INTERVAL_S)
+                progress.update(task, completed=passed_s)
+                memory["server"].append(rss_bytes(servers[0].process.pid))
+                for number, worker in enumerate(workers):
+                    if worker.poll() is None:
+                        memory[f"client {number}"].append(rss_bytes(worker.pid))
+                with suppress(redis.RedisError):  # it is killed or frozen at the moment
+                    memory["store"].append(store.call("INFO", "memory")["used_memory"])
+        stopping.set()
+        harming.result()
+        done = [job for future in jobs for job in future.result()]
         codes = [worker.wait() for worker in workers]
-        for server in servers:
-            server.stop()
-        store.close()
+        for number, code in enumerate(codes):
+            if code:
+                Console(stderr=True).print((Path(folder) / f"worker{number}.log").read_text()[-3000:], markup=False)
     return _told(options.report, options.minutes, harm.counts, done, memory, codes)
 
 

@@ -325,8 +325,12 @@ def mostly(usual: Sequence[T], otherwise: Sequence[T]) -> st.SearchStrategy[T]:
     return st.integers(0, 11).flatmap(lambda i: st.sampled_from(otherwise if i == 7 else usual))
 
 
+evolved = st.builds(
+    EvolvedSampling, prune_ratio=st.sampled_from([0.25, 0.5, 0.0]), annealing=st.sampled_from([0.0, 0.05])
+)
 policies = st.one_of(
-    st.builds(EvolvedSampling, prune_ratio=st.sampled_from([0.25, 0.5, 0.0]), annealing=st.sampled_from([0.0, 0.05])),
+    evolved,
+    evolved,
     st.builds(RandomSubset, prune_ratio=st.sampled_from([0.3, 0.0])),
     st.just(Uniform()),
 )
@@ -741,8 +745,12 @@ class Machine(RuleBasedStateMachine):
             plan_id, recorded = experiment.current.plan_id, experiment.recorded(rank)
             if losses[rank].size == recorded.size:
                 for step, rows in enumerate(losses[rank].column().reshape(recorded.shape)):
-                    if step >= run.first_step and np.isnan(recorded[step]).any():
+                    if step < run.first_step or not np.isnan(recorded[step]).any():
+                        continue
+                    if step % 2:
                         self.both("report", member, plan_id, step, 1, rows)
+                    else:
+                        self.both("select", member, plan_id, step, rows)
             told = experiment.reported_rows(rank), checksum(recorded)
             self.both("finish", member, epoch, plan_id, *told)
             if experiment.state == "sealed":
