@@ -117,7 +117,9 @@ def main() -> int:
         stack.callback(store.close)
         servers = []
         for number in range(3):
-            servers.append(ReplicatedServer(Path(folder) / f"server{number}", store.url))
+            # A cache of a gigabyte would take more than ten minutes to fill, and look like a leak until then.
+            options_of_server = ("--cache-bytes", "1000000")
+            servers.append(ReplicatedServer(Path(folder) / f"server{number}", store.url, *options_of_server))
             stack.callback(servers[-1].stop)
         harm, stopping = Harm(servers[1:], store), threading.Event()
         threads = stack.enter_context(ThreadPoolExecutor(options.workers + 1))

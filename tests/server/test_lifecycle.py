@@ -77,7 +77,7 @@ def test_sigterm_stops_the_server_in_order(start_server: Callable[..., ServerPro
             list(waiting)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert "the server is stopping" in str(caught.value.details())
-    assert server.stop() == 0
+    assert server.process.wait(30) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
