@@ -291,6 +291,8 @@ class Experiments:
                 raise _gone(name, uid)
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
+            if run_id != head.run_id and await self._store.had_run(head, run_id):
+                raise _superseded(head, Member(0, rank, 0))
             await self._check_has_scores(head)
             stored_claim = await self._store.claim(head, rank)
             target = self._target(head, run_id, position)
@@ -350,13 +352,11 @@ class Experiments:
 
     async def _check_has_scores(self, head: Head) -> None:
         """Raises if an experiment that is to start from known scores has not got them yet."""
-        if head.spec.warm_start and not head.generation:
-            scores = await self._store.read_scores(head, head.plan_id)
-            if not scores.num_visits.any():
-                raise FailedPreconditionError(
-                    f"experiment {head.name.name!r} is to start from known scores (warm_start), which are yet to be "
-                    "imported: create it again with initial_scores, or use ImportScores"
-                )
+        if head.spec.warm_start and not head.generation and not await self._store.is_imported(head):
+            raise FailedPreconditionError(
+                f"experiment {head.name.name!r} is to start from known scores (warm_start), which are yet to be "
+                "imported: create it again with initial_scores, or use ImportScores"
+            )
 
     async def _unreported_rows(self, name: ExperimentName, position: Position) -> int:
         """Rows of the current epoch before a position for which there is no loss."""
@@ -527,7 +527,9 @@ class Experiments:
     ) -> Finish:
         """Mark a rank's part as reported; the last rank's call seals the epoch and starts the turn."""
         head = await self._head_of_member(name, uid, member)
-        if head.epoch <= epoch and (reported_rows is not None or expected_checksum is not None):
+        if head.epoch < epoch:
+            raise EpochClosedError(f"epoch {epoch} is not open: the experiment stands at epoch {head.epoch}")
+        if head.epoch == epoch and (reported_rows is not None or expected_checksum is not None):
             self._check_open(head, plan_id, "sealed")
             missing_steps = await self._missing_steps(head, member, reported_rows, expected_checksum)
             if missing_steps:
@@ -558,6 +560,7 @@ class Experiments:
         first = head.first_step
         missing = ~reported.reshape(shape.num_steps, part_rows)[first:].all(axis=1)
         if not missing.any():
+            first %= shape.num_steps  # a run that began at the epoch's end has no step of its own to send again
             return [(first, shape.num_steps - first)]
         edges = np.flatnonzero(np.diff(missing, prepend=False, append=False)) + first
         return [(int(start), int(stop - start)) for start, stop in edges.reshape(-1, 2)]

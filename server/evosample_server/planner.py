@@ -151,11 +151,20 @@ class Planner:
         is_registered = await self._store.register_plan(head, plan_id, head.epoch)
         if not is_registered or not await self._store.write_scores(head, plan_id, scores):
             return False
-        is_committed = await self._plan(head, head.epoch, plan_id, scores, RowCounts())
+        is_committed = await self._plan(head, head.epoch, plan_id, scores, RowCounts(), is_imported=True)
         await self.announce(head.uid)
         return is_committed
 
-    async def _plan(self, head: Head, epoch: int, plan_id: str, scores: Scores, row_counts: RowCounts) -> bool:
+    async def _plan(
+        self,
+        head: Head,
+        epoch: int,
+        plan_id: str,
+        scores: Scores,
+        row_counts: RowCounts,
+        *,
+        is_imported: bool = False,
+    ) -> bool:
         """Write the table of `epoch` beside its scores, and move the head to it; False if another got there first."""
         store, spec = self._store, head.spec
         is_last = epoch == spec.num_epochs
@@ -167,7 +176,13 @@ class Planner:
             crc = await asyncio.to_thread(table_checksum, *table)
         state: ExperimentState = "finished" if is_last else "open"
         if not await store.commit(
-            head, epoch=epoch, plan_id=plan_id, state=state, table_checksum=crc, row_counts=row_counts
+            head,
+            epoch=epoch,
+            plan_id=plan_id,
+            state=state,
+            table_checksum=crc,
+            row_counts=row_counts,
+            is_imported=is_imported,
         ):
             await store.collect(head, lost_plan=plan_id)
             return False

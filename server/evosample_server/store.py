@@ -395,6 +395,10 @@ class Store:
         args += [process_id, stored_claim]
         return [item.decode() for item in await self._run("join", script_keys, args)]
 
+    async def had_run(self, head: Head, run_id: str) -> bool:
+        """Whether a run of this run_id has begun, be it the latest or an earlier one."""
+        return bool(await cast(Any, self._redis.hexists(head.keys.runs, run_id)))
+
     async def claim(self, head: Head, rank: int) -> str:
         """The claim of a rank's latest process; empty if there is none."""
         stored = await cast(Any, self._redis.hget(head.keys.claims, str(rank)))
@@ -479,6 +483,10 @@ class Store:
         counts = RowCounts(*(int(fields.get(field.encode(), 0)) for field in RowCounts._fields))
         return PlanInfo(counts, tuple(sorted(generations)))
 
+    async def is_imported(self, head: Head) -> bool:
+        """Whether the scores of the current plan came from outside."""
+        return bool(await cast(Any, self._redis.hexists(head.keys.plan(head.plan_id), "imported")))
+
     async def write_scores(self, head: Head, plan_id: str, scores: Scores) -> bool:
         """Write a plan's scores; False if the plan was collected meanwhile."""
         return await self._write_columns(head, plan_id, dict(zip(_SCORE_COLUMNS, scores, strict=True)))
@@ -511,6 +519,7 @@ class Store:
         state: ExperimentState,
         table_checksum: int,
         row_counts: RowCounts,
+        is_imported: bool,
     ) -> bool:
         """Move the head to a plan whose columns are complete; False if another got there first."""
         experiment = head.keys
@@ -521,7 +530,9 @@ class Store:
             experiment.finished,
             experiment.plan(plan_id),
         ]
-        counts = (item for pair in row_counts._asdict().items() for item in pair)
+        counts = [item for pair in row_counts._asdict().items() for item in pair]
+        if is_imported:
+            counts += ["imported", 1]
         args = [*head.identity(), epoch, plan_id, state, table_checksum, *counts]
         is_committed = bool(await self._run("commit", script_keys, args))
         if is_committed:

@@ -12,7 +12,7 @@ end
 if tonumber(h[6]) > tonumber(ARGV[6]) then
   return 'ok'
 end
-if h[2] ~= ARGV[2] or (h[3] ~= 'open' and h[3] ~= 'sealed') then
+if h[6] ~= ARGV[6] or h[2] ~= ARGV[2] or (h[3] ~= 'open' and h[3] ~= 'sealed') then
   return 'closed'
 end
 local is_new = redis.call('SADD', KEYS[3], ARGV[4]) == 1
