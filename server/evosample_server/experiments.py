@@ -292,7 +292,10 @@ class Experiments:
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             if run_id != head.run_id and await self._store.had_run(head, run_id):
-                raise _superseded(head, Member(0, rank, 0))
+                current = await self._head(name, uid)
+                if current.run_id == run_id:  # another rank has begun it just now
+                    continue
+                raise _superseded(current, Member(0, rank, 0))
             await self._check_has_scores(head)
             stored_claim = await self._store.claim(head, rank)
             target = self._target(head, run_id, position)

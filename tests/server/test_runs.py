@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,21 @@ def test_a_request_to_join_that_arrives_twice_or_late_supersedes_nobody(
         assert code(lambda: stub.JoinRun(request("run", "b"))) == "ABORTED"
         assert code(lambda: stub.JoinRun(request("run", "d"))) == "ABORTED"
         assert is_member(third)
+
+
+def test_ranks_that_join_at_the_same_time_all_get_in(client: evosample.Client, name: str) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    rng = np.random.default_rng(0)
+    with ThreadPoolExecutor(5) as pool:
+
+        def join(rank: int, start: int, delay_s: float) -> int:
+            time.sleep(delay_s)  # for one to begin the run between another's look at it and its joining
+            run = experiment.epochs(rank=rank, world_size=5, run_id=f"start-{start}")
+            return run.generation
+
+        for start in range(60):
+            delays = rng.uniform(0, 0.004, 5)
+            assert set(pool.map(join, range(5), [start] * 5, delays)) == {start + 1}
 
 
 def test_a_client_spreads_over_several_addresses_and_goes_to_another_when_one_fails(
