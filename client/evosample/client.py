@@ -155,6 +155,8 @@ class Client:
         importance_weight: ImportanceWeight = "none",
         seed: int = 0,
         initial_scores: ExportedScores | None = None,
+        shard_sizes: Sequence[int] = (),
+        shuffle_block_samples: int | None = None,
         project: str = DEFAULT_PROJECT,
     ) -> Experiment:
         """Create an experiment, or find the one of this name if its spec is equal.
@@ -170,6 +172,9 @@ class Client:
             seed: of all random draws, 0 <= seed < 2**64.
             initial_scores: what to start from, such as an earlier experiment's `export_scores()`: the first epoch then
                 selects as well. An experiment that has begun to train keeps the scores that it has.
+            shard_sizes: samples of each shard, whose ids follow each other: epochs are shuffled so that shards are read
+                nearly one after the other. Default: one shuffle over all samples.
+            shuffle_block_samples: over how many samples such a shuffle goes, in whole shards. Default: ten shards.
             project: what the experiment belongs to.
 
         Raises:
@@ -192,6 +197,8 @@ class Client:
                 importance_weight=importance_weight,
                 seed=seed,
                 warm_start=initial_scores is not None,
+                shard_sizes=cast(tuple[int, ...], shard_sizes),
+                shuffle_block_samples=cast(int, shuffle_block_samples),
             )
             request = pb.CreateExperimentRequest(ref=self._ref(name, project), spec=spec_to_proto(spec))
         if initial_scores is not None:

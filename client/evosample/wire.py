@@ -115,6 +115,8 @@ def spec_to_proto(spec: ExperimentSpec) -> pb.ExperimentSpec:
         importance_weight=_IMPORTANCE_WEIGHTS[spec.importance_weight],
         seed=spec.seed,
         warm_start=spec.warm_start,
+        shard_sizes=spec.shard_sizes,
+        shuffle_block_samples=spec.shuffle_block_samples,
     )
     match spec.policy:
         case EvolvedSampling() as policy:
@@ -146,6 +148,8 @@ def spec_from_proto(message: pb.ExperimentSpec) -> ExperimentSpec:
         importance_weight=_importance_weight_from_proto(message.importance_weight),
         seed=message.seed,
         warm_start=message.warm_start,
+        shard_sizes=tuple(message.shard_sizes),
+        shuffle_block_samples=message.shuffle_block_samples,
     )
 
 

@@ -37,6 +37,7 @@ from evosample.sampling import (
     part,
     recorded_losses,
     select_mini_batch,
+    shown,
 )
 from evosample.wire import ExperimentName, ExperimentStatus, Position, check_column
 from evosample_server.planner import Planner
@@ -44,6 +45,7 @@ from evosample_server.store import Head, Member, Store
 
 _log = structlog.get_logger()
 
+_MAX_PAGE_SHARDS = 200_000  # up to 1 MiB of their sizes in a message
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
 _TARGET_MESSAGE_BYTES = 2**20
@@ -139,7 +141,7 @@ class Experiments:
             raise NotFoundError(f"experiment {name.name!r} was deleted while it was being created", field="name")
         if head.spec != spec:
             differing = [
-                f"{field.name} is {ours!r}, not {theirs!r}"
+                f"{field.name} is {shown(ours)}, not {shown(theirs)}"
                 for field in dataclasses.fields(spec)
                 if (ours := getattr(head.spec, field.name)) != (theirs := getattr(spec, field.name))
             ]
@@ -160,13 +162,17 @@ class Experiments:
             check_name("page_token", page_token)
         limit = check_int("page_size", page_size or 100, 1, 1000)
         names = await self._store.list_names(project, page_token, limit)
-        page = []
+        page: list[ExperimentStatus] = []
+        num_shards = 0
         for name in (ExperimentName(project, found) for found in names):
             head = await self._store.head(name)
             if head is None:
                 await self._store.forget_name(name)
-            else:
-                page.append(await self._store.status(head))
+                continue
+            num_shards += len(head.spec.shard_sizes)
+            if page and num_shards > _MAX_PAGE_SHARDS:
+                return page, page[-1].name
+            page.append(await self._store.status(head))
         return page, names[-1] if len(names) == limit else ""
 
     async def delete(self, name: ExperimentName, uid: str) -> None:

@@ -136,7 +136,7 @@ def _blocks(first: int, count: int) -> list[_Block]:
     ]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _spec(data: bytes) -> ExperimentSpec:
     return spec_from_proto(pb.ExperimentSpec.FromString(data))
 

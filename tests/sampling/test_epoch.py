@@ -21,6 +21,7 @@ from evosample.sampling import (
     plan_epoch,
     random_bits,
     select_mini_batch,
+    shuffle_by_shard,
 )
 
 FALSE_ALARM_RATE = 1e-4
@@ -174,6 +175,57 @@ def test_shuffles_are_permutations_and_uniform() -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257])
 def test_a_permutation_of_any_length_has_every_index_once(n: int) -> None:
     assert sorted(permutation(random_bits(0, Purpose.SHUFFLE, 0, 0, 0, n)).tolist()) == list(range(n))
+
+
+SHARD_SIZES = (100, 50, 150, 100, 1, 99, 100, 400)
+
+
+def sharded(**changes: object) -> ExperimentSpec:
+    changes = {"shard_sizes": SHARD_SIZES, "shuffle_block_samples": 200, "num_samples": 1000} | changes
+    return spec(**changes)
+
+
+def test_shards_are_permuted_and_samples_shuffled_in_blocks_of_shards() -> None:
+    shards = np.repeat(np.arange(8), SHARD_SIZES)
+    orders = set()
+    for epoch in range(100):
+        order = shuffle_by_shard(sharded(num_epochs=100), epoch, np.arange(1000))
+        assert sorted(order) == list(range(1000))
+        first_rows = {shard: int(np.argmax(shards[order] == shard)) for shard in range(8)}
+        last_rows = {shard: 999 - int(np.argmax(shards[order][::-1] == shard)) for shard in range(8)}
+        # Blocks follow each other: shards either share one, or the one's samples all come before the other's.
+        for a in range(8):
+            together = [b for b in range(8) if first_rows[b] <= last_rows[a] and first_rows[a] <= last_rows[b]]
+            begun_before = sum(SHARD_SIZES[b] for b in together) - max(SHARD_SIZES[b] for b in together)
+            assert begun_before < 200 or len(together) == 1
+        orders.add(tuple(sorted(first_rows, key=lambda shard: first_rows[shard])))
+    assert len(orders) > 90
+
+
+def test_a_block_is_shuffled_uniformly() -> None:
+    counts = np.zeros((6, 6))
+    one_block = sharded(num_samples=6, shard_sizes=(2, 4), shuffle_block_samples=6, meta_batch_size=3, num_epochs=3000)
+    for epoch in range(3000):
+        counts[np.arange(6), shuffle_by_shard(one_block, epoch, np.arange(6))] += 1
+    assert stats.chi2.sf(((counts - 500) ** 2 / 500).sum(), 25) > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("policy", [EvolvedSampling(prune_ratio=0.5), RandomSubset(prune_ratio=0.3)])
+def test_an_epoch_visits_the_same_samples_however_it_is_shuffled(policy: EvolvedSampling | RandomSubset) -> None:
+    scores = visited_scores(1000)
+    globally = plan_epoch(sharded(shard_sizes=(), shuffle_block_samples=0, policy=policy), 1, scores)
+    by_shard = plan_epoch(sharded(policy=policy), 1, scores)
+    assert sorted(globally.sample_ids) == sorted(by_shard.sample_ids)
+    assert (by_shard.prior_scores == scores.scores[by_shard.sample_ids]).all()
+    assert globally.importance_weights is not None
+    assert by_shard.importance_weights is not None
+    weight_of = dict(zip(globally.sample_ids, globally.importance_weights, strict=True))
+    assert [weight_of[i] for i in by_shard.sample_ids] == by_shard.importance_weights.tolist()
+
+
+def test_a_shard_of_which_nothing_is_kept_is_no_trouble() -> None:
+    order = shuffle_by_shard(sharded(), 0, np.array([5, 7, 980, 999]))
+    assert sorted(order) == [0, 1, 2, 3]
 
 
 def test_folding_changes_what_was_visited_and_counts_the_rest() -> None:

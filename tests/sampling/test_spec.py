@@ -75,6 +75,14 @@ def test_uniform_takes_the_sizes_of_the_policy_it_is_compared_with() -> None:
         ({"mini_batch_size": 100, "policy": RandomSubset()}, "mini_batch_size", "nothing would ever be selected"),
         ({"num_epochs": 2}, "num_epochs", "nothing would ever be selected"),
         ({"policy": EvolvedSampling(annealing=0.5)}, "num_epochs", "nothing would ever be selected"),
+        ({"shard_sizes": 1000}, "shard_sizes", "the number of samples of each shard"),
+        ({"shard_sizes": [[500], [250, 250]]}, "shard_sizes", "the number of samples of each shard"),
+        ({"shard_sizes": (500.0, 500.0)}, "shard_sizes", "integers"),
+        ({"shard_sizes": (500, 499)}, "shard_sizes", "2 shards of 499 to 500, in all 999 samples.* num_samples, 1,000"),
+        ({"shard_sizes": (1000, 0)}, "shard_sizes", "at least 1"),
+        ({"num_samples": 200_000, "shard_sizes": [2] * 100_001}, "shard_sizes", "at most 100,000"),
+        ({"shuffle_block_samples": 100}, "shuffle_block_samples", "none without shard_sizes"),
+        ({"shard_sizes": (500, 500), "shuffle_block_samples": -1}, "shuffle_block_samples", "from 0 to"),
     ],
 )
 def test_a_spec_that_cannot_work_is_refused_with_field_value_and_what_is_allowed(
@@ -83,6 +91,13 @@ def test_a_spec_that_cannot_work_is_refused_with_field_value_and_what_is_allowed
     with pytest.raises(InvalidValue, match=message) as caught:
         ExperimentSpec(**(GOOD | changes))
     assert caught.value.field == field
+
+
+def test_a_block_is_ten_shards_unless_given() -> None:
+    assert ExperimentSpec(**GOOD).shuffle_block_samples == 0
+    assert ExperimentSpec(**GOOD, shard_sizes=(10,) * 100).shuffle_block_samples == 100
+    assert ExperimentSpec(**GOOD, shard_sizes=(400, 600)).shuffle_block_samples == 1000
+    assert ExperimentSpec(**GOOD, shard_sizes=(400, 600), shuffle_block_samples=3).shuffle_block_samples == 3
 
 
 @pytest.mark.parametrize("field", ["beta1", "beta2", "prune_ratio", "annealing"])

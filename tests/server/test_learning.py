@@ -126,6 +126,17 @@ def test_with_another_world_size_the_ids_of_every_global_batch_are_the_same(
     assert runs[0] == runs[1] == runs[2]
 
 
+def test_an_experiment_with_shards_is_shuffled_by_shard(client: evosample.Client, name: str) -> None:
+    experiment = create(client, name, shard_sizes=[N // 20] * 20, shuffle_block_samples=N // 4)
+    assert client.get_experiment(name).spec == experiment.spec
+    visits = train(experiment, fixed_losses(N, EPOCHS))
+    for epoch in range(EPOCHS):
+        ids = np.concatenate([visit.sample_ids for visit in visits if visit.epoch == epoch])
+        for block in np.array_split(ids, 4):
+            assert len(set(block // (N // 20))) <= 10, "a quarter of the epoch meets two blocks of five shards"
+        assert len(set(ids // (N // 20))) == 20
+
+
 def test_every_kept_sample_is_visited_at_most_once_an_epoch(client: evosample.Client, name: str) -> None:
     visits = train(create(client, name, policy=evosample.EvolvedSampling(prune_ratio=0.3)), fixed_losses(N, EPOCHS))
     for epoch in range(EPOCHS):

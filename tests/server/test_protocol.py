@@ -416,6 +416,31 @@ def test_listing_is_paged_and_in_order(stub: pb_grpc.SelectionServiceStub) -> No
     assert refused(stub.ListExperiments, bad)[:2] == ("INVALID_ARGUMENT", "page_size")
 
 
+def test_a_page_of_experiments_with_very_many_shards_stays_within_a_message(
+    stub: pb_grpc.SelectionServiceStub,
+) -> None:
+    many = pb.ExperimentSpec(num_samples=100_000, num_epochs=4, meta_batch_size=B, uniform=pb.Uniform())
+    many.shard_sizes.extend([1] * 100_000)
+    for i in range(5):
+        ref = pb.ExperimentRef(project="sharded", name=f"e{i}")
+        stub.CreateExperiment(pb.CreateExperimentRequest(ref=ref, spec=many))
+    found, token = [], ""
+    while True:
+        page = stub.ListExperiments(pb.ListExperimentsRequest(project="sharded", page_token=token))
+        assert page.ByteSize() < 2**21
+        found += [e.ref.name for e in page.experiments]
+        token = page.next_page_token
+        if not token:
+            break
+    assert found == [f"e{i}" for i in range(5)]
+    other = pb.CreateExperimentRequest(ref=pb.ExperimentRef(project="sharded", name="e0"), spec=many)
+    other.spec.shard_sizes[:2] = [2]
+    code, _, message = refused(stub.CreateExperiment, other)
+    assert code == "ALREADY_EXISTS"
+    assert message.count("1") < 1000
+    assert "shard_sizes is (1, 1" in message
+
+
 def test_what_is_not_there_yet_says_so(stub: pb_grpc.SelectionServiceStub) -> None:
     assert refused(stub.WatchExperiment, pb.WatchExperimentRequest())[0] == "UNIMPLEMENTED"
 

@@ -1,7 +1,15 @@
 """The algorithm: pure functions on numpy arrays. No clock, no I/O, no state; randomness is an argument or a seed."""
 
-from evosample.sampling.checks import InvalidValue, check_int, check_name, check_seconds
-from evosample.sampling.epoch import FoldCounts, Table, fold_epoch, keep_samples, permutation, plan_epoch
+from evosample.sampling.checks import InvalidValue, check_int, check_name, check_seconds, shown
+from evosample.sampling.epoch import (
+    FoldCounts,
+    Table,
+    fold_epoch,
+    keep_samples,
+    permutation,
+    plan_epoch,
+    shuffle_by_shard,
+)
 from evosample.sampling.layout import (
     checksum,
     loss_bits,
@@ -60,6 +68,8 @@ __all__ = [
     "recorded_losses",
     "sample_id_dtype",
     "select_mini_batch",
+    "shown",
+    "shuffle_by_shard",
     "table_checksum",
     "updated_sampling_weights",
     "updated_scores",

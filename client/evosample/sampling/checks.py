@@ -8,6 +8,12 @@ import re
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut off where that is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 class InvalidValue(ValueError):
     """A value outside what its field allows.
 
@@ -18,8 +24,7 @@ class InvalidValue(ValueError):
     """
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        shown = repr(value)
-        super().__init__(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: expected {expected}")
+        super().__init__(f"{field}={shown(value)}: expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

@@ -81,11 +81,41 @@ def permutation(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return packed
 
 
+def shuffle_by_shard(spec: ExperimentSpec, epoch: int, sample_ids: NDArray[Any]) -> NDArray[np.intp]:
+    """An order in which reading is nearly sequential: shards are permuted, samples shuffled in blocks of shards.
+
+    A shard belongs to the block of `shuffle_block_samples` samples of the dataset in which it begins.
+
+    Args:
+        sample_ids: [k], ascending: what the epoch visits.
+
+    Returns:
+        Positions in `sample_ids`, [k].
+    """
+    sizes = np.array(spec.shard_sizes)
+    stops = np.searchsorted(sample_ids, np.cumsum(sizes))
+    starts = np.concatenate([[0], stops[:-1]])
+    shards = permutation(random_bits(spec.seed, Purpose.SHUFFLE_SHARDS, epoch, 0, 0, len(sizes))).astype(np.intp)
+    blocks = (np.cumsum(sizes[shards]) - sizes[shards]) // spec.shuffle_block_samples
+    bits = random_bits(spec.seed, Purpose.SHUFFLE_BLOCKS, epoch, 0, 0, len(sample_ids))
+    order = np.empty(len(sample_ids), np.intp)
+    first = 0
+    for block in np.split(shards, np.flatnonzero(np.diff(blocks)) + 1):
+        positions = np.concatenate([np.arange(starts[shard], stops[shard]) for shard in block])
+        stop = first + len(positions)
+        order[first:stop] = positions[permutation(bits[first:stop])]
+        first = stop
+    return order
+
+
 def plan_epoch(spec: ExperimentSpec, epoch: int, scores: Scores) -> Table:
     """Prune, shuffle, cut to whole steps: a pure function of the scores and the spec's seed."""
     shape = spec.shape(epoch)
     kept = keep_samples(spec, epoch, scores)
     order = permutation(random_bits(spec.seed, Purpose.SHUFFLE, epoch, 0, 0, shape.num_kept))[: shape.num_rows]
+    if spec.shard_sizes:
+        order.sort()  # what falls out of the whole steps is drawn from all shards, not from the last ones
+        order = order[shuffle_by_shard(spec, epoch, kept.rows[order])]
     sample_ids = kept.rows[order]
     importance_weights = None
     if spec.importance_weight != "none":

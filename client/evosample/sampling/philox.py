@@ -19,6 +19,8 @@ class Purpose(enum.IntEnum):
     SELECT = 0
     PRUNE = 1
     SHUFFLE = 2
+    SHUFFLE_SHARDS = 3
+    SHUFFLE_BLOCKS = 4
 
 
 def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, count: int) -> NDArray[np.uint64]:

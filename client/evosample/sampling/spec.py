@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
+
+import numpy as np
 
 from evosample.sampling.checks import InvalidValue, check_int
 from evosample.sampling.policies import EvolvedSampling, Policy, Uniform
@@ -13,6 +15,8 @@ MAX_SAMPLES = 2**40
 MAX_EPOCHS = 1_000_000
 # One step of one rank must fit a message: at most 20 bytes a row, and gRPC takes 4 MiB by default.
 MAX_META_BATCH_SIZE = 2**17
+MAX_SHARDS = 100_000
+_BLOCK_SHARDS = 10
 
 ImportanceWeight = Literal["none", "unbiased", "self_normalized"]
 
@@ -60,6 +64,10 @@ class ExperimentSpec:
             the mean loss over the dataset) or "self_normalized" (the same, scaled to a mean of 1 in a mini-batch).
         seed: 0 <= seed < 2**64.
         warm_start: scores will be imported: selection begins with the first epoch.
+        shard_sizes: samples of each shard of the dataset, whose ids follow each other. Epochs are then shuffled so that
+            shards are read nearly one after the other. Default: none, and one shuffle over all samples.
+        shuffle_block_samples: over how many samples of the dataset such a shuffle goes, in whole shards; the more, the
+            less alike the samples of a batch, and the more shards are read at a time. Default: ten shards of mean size.
 
     Raises:
         InvalidValue: a value is out of range, an epoch could have no step, or no step would ever select.
@@ -73,6 +81,8 @@ class ExperimentSpec:
     importance_weight: ImportanceWeight = "none"
     seed: int = 0
     warm_start: bool = False
+    shard_sizes: tuple[int, ...] = field(default=(), repr=False)
+    shuffle_block_samples: int = cast(int, None)
 
     def __post_init__(self) -> None:
         check = self._check_int
@@ -104,10 +114,37 @@ class ExperimentSpec:
                 f"a ratio that keeps at least one meta-batch of {self.meta_batch_size:,} samples an epoch; "
                 f"this one keeps {self._num_kept:,} of {self.num_samples:,}",
             )
+        self._check_shards()
         self._check_selects()
 
-    def _check_int(self, field: str, low: int, high: int) -> None:
-        object.__setattr__(self, field, check_int(field, getattr(self, field), low, high))
+    def _check_int(self, name: str, low: int, high: int) -> None:
+        object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
+
+    def _check_shards(self) -> None:
+        try:
+            sizes = np.asarray(self.shard_sizes)
+        except ValueError:  # nested
+            sizes = np.empty(())
+        if sizes.ndim != 1 or (sizes.size and sizes.dtype.kind not in "iu"):
+            raise InvalidValue("shard_sizes", self.shard_sizes, "the number of samples of each shard, integers")
+        if len(sizes) > MAX_SHARDS:
+            raise InvalidValue(
+                "shard_sizes", f"{len(sizes):,} shards", f"at most {MAX_SHARDS:,}: let several neighbours count as one"
+            )
+        if sizes.size and (sizes.min() < 1 or sizes.sum() != self.num_samples):
+            raise InvalidValue(
+                "shard_sizes",
+                f"{len(sizes):,} shards of {sizes.min():,} to {sizes.max():,}, in all {sizes.sum():,} samples",
+                f"shards of at least 1 and in all num_samples, {self.num_samples:,}, samples",
+            )
+        block = self.shuffle_block_samples or 0  # as a message says it
+        if block and not sizes.size:
+            raise InvalidValue("shuffle_block_samples", block, "none without shard_sizes: it goes by whole shards")
+        if sizes.size and not block:
+            block = min(math.ceil(_BLOCK_SHARDS * self.num_samples / len(sizes)), self.num_samples)
+        object.__setattr__(self, "shard_sizes", tuple(sizes.tolist()))
+        object.__setattr__(self, "shuffle_block_samples", block)
+        self._check_int("shuffle_block_samples", 0, MAX_SAMPLES)
 
     def _check_selects(self) -> None:
         if isinstance(self.policy, Uniform):

@@ -194,6 +194,8 @@ class ExperimentSpec(google.protobuf.message.Message):
     IMPORTANCE_WEIGHT_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     WARM_START_FIELD_NUMBER: builtins.int
+    SHARD_SIZES_FIELD_NUMBER: builtins.int
+    SHUFFLE_BLOCK_SAMPLES_FIELD_NUMBER: builtins.int
     num_samples: builtins.int
     """n, from 1 to 2^40; sample ids are 0 to n - 1. A server may set a lower bound: RESOURCE_EXHAUSTED."""
     num_epochs: builtins.int
@@ -207,12 +209,22 @@ class ExperimentSpec(google.protobuf.message.Message):
     """Any value; unset: 0."""
     warm_start: builtins.bool
     """Selection begins with the first epoch, without annealing. Scores must be imported before the first run joins."""
+    shuffle_block_samples: builtins.int
+    """Samples of the dataset that such a block spans: a shard belongs to the block in which its first sample falls. Unset:
+    ten shards of mean size. Must be unset without shard_sizes.
+    """
     @property
     def evolved_sampling(self) -> global___EvolvedSampling: ...
     @property
     def uniform(self) -> global___Uniform: ...
     @property
     def random_subset(self) -> global___RandomSubset: ...
+    @property
+    def shard_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Samples of each shard of the dataset, in the order of sample ids; at most 100,000 shards of n samples in all. Shards
+        are then permuted, and samples shuffled in blocks of whole shards. Unset: one shuffle over all samples.
+        """
+
     def __init__(
         self,
         *,
@@ -226,9 +238,11 @@ class ExperimentSpec(google.protobuf.message.Message):
         importance_weight: global___ImportanceWeight.ValueType = ...,
         seed: builtins.int = ...,
         warm_start: builtins.bool = ...,
+        shard_sizes: collections.abc.Iterable[builtins.int] | None = ...,
+        shuffle_block_samples: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "mini_batch_size", b"mini_batch_size", "policy", b"policy", "random_subset", b"random_subset", "uniform", b"uniform"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "importance_weight", b"importance_weight", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "num_epochs", b"num_epochs", "num_samples", b"num_samples", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "importance_weight", b"importance_weight", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "num_epochs", b"num_epochs", "num_samples", b"num_samples", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "shard_sizes", b"shard_sizes", "shuffle_block_samples", b"shuffle_block_samples", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mini_batch_size", b"_mini_batch_size"]) -> typing.Literal["mini_batch_size"] | None: ...
     @typing.overload
