@@ -39,11 +39,13 @@ FLOORS = {
         "evosample.rpc",
         "evosample.run",
     ],
-    "client/evosample/torch.py": [
+    "client/evosample/torch": [
         "evosample.client",
         "evosample.epoch",
         "evosample.errors",
         "evosample.run",
+        "evosample.sampling",
+        "evosample.torch",
         "evosample.wire",
     ],
     "server/evosample_server/keys.py": SERVER_MAY_USE,

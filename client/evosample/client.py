@@ -300,6 +300,7 @@ class Experiment:
         straggler_timeout_s: float | None = None,
         on_unavailable: OnUnavailable = "error",
         on_missing_epoch: Literal["error", "current"] = "error",
+        process_id: str | None = None,
     ) -> Run:
         """Join a run of the experiment, and go through its epochs from `position`.
 
@@ -317,6 +318,9 @@ class Experiment:
                 "error", or go on with epochs drawn "uniform"ly until one answers. Those report no losses.
             on_missing_epoch: what to do when the epoch of `position` is not retained: raise an "error", or go on at the
                 start of the "current" epoch.
+            process_id: the same on processes that share a rank's samples (tensor or pipeline parallelism), which must
+                hand over the same losses. Default: this process has its rank for itself, and whichever takes the same
+                rank later supersedes it.
 
         Raises:
             InvalidArgumentError: a value is out of range, or differs from the other ranks'.
@@ -335,6 +339,7 @@ class Experiment:
             world_size = self.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             check_name("run_id", run_id)
+            process_id = check_name("process_id", uuid.uuid4().hex if process_id is None else process_id)
             check_int("read_ahead", read_ahead, 0, 2**31)
             _check_choice("on_unavailable", on_unavailable, OnUnavailable)
             _check_choice("on_missing_epoch", on_missing_epoch, Literal["error", "current"])
@@ -351,7 +356,7 @@ class Experiment:
             world_size=world_size,
             current_if_not_retained=on_missing_epoch == "current",
             straggler_timeout_ms=None if straggler_timeout_s is None else round(1000 * straggler_timeout_s),
-            process_id=uuid.uuid4().hex,
+            process_id=process_id,
         )
         if start is not None:
             request.position.CopyFrom(pb.Position(epoch=start.epoch, step=start.step))

@@ -158,6 +158,8 @@ class Epoch:
         self._steps_before = run.spec.num_steps_before(number)
         self._total_steps = run.spec.total_steps
         self._rows: Iterator[tuple[Any, ...]] = iter(())
+        self._chunk: Chunk | None = None  # whose rows are being yielded
+        self._chunk_begins = first_step
 
     def close(self) -> None:
         """Forget what was not reported in time: the others have gone on without it."""
@@ -200,11 +202,22 @@ class Epoch:
             chunk = self._run.next_chunk(self)
             if chunk is None:
                 return None
+            self._chunk, self._chunk_begins = chunk, step
             weights = [None] * len(chunk.sample_ids) if chunk.importance_weights is None else chunk.importance_weights
             self._rows = zip(chunk.sample_ids, chunk.prior_scores, weights, strict=True)
             rows = next(self._rows)
         self.num_yielded += 1
         return Batch(self, step, *rows)
+
+    def buffered_ids(self, first_step: int, stop: int) -> NDArray[np.int64]:
+        """Sample ids of those steps in [first_step, stop), none of them yielded yet, that are here: [k, part rows]."""
+        found = [np.empty((0, self.part_rows), np.int64)]
+        begins = self._chunk_begins
+        for chunk in (self._chunk, *self.chunks):
+            if chunk is not None:
+                found.append(chunk.sample_ids[max(first_step - begins, 0) : max(stop - begins, 0)])
+                begins += len(chunk.sample_ids)
+        return np.concatenate(found)
 
     def progress(self, step: int) -> float:
         """The share of the whole run's steps that come before `step` of this epoch."""

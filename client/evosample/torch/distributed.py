@@ -1,0 +1,89 @@
+"""This process's place in a training job, and when its gradients are exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed
+
+from evosample.errors import InvalidArgumentError
+
+
+class Job:
+    """Which part of every step this process trains on: as torch.distributed says, or as it is told.
+
+    Args:
+        rank, size: of data parallelism. Where processes share their data (tensor or pipeline parallelism), they have
+            the same rank: they get the same samples, and must hand over the same losses.
+        run_id: names this start of the job. Default: what process 0 broadcasts to all.
+    """
+
+    def __init__(self, rank: int | None, size: int | None, run_id: str | None) -> None:
+        if (rank is None) != (size is None):
+            raise InvalidArgumentError(
+                f"data_parallel_rank={rank!r}, data_parallel_size={size!r}: pass both, or neither to go by "
+                "torch.distributed",
+                field="data_parallel_rank",
+            )
+        self._rank_and_size = None if rank is None or size is None else (rank, size)
+        self._run_id = run_id
+        self._num_runs = 0
+
+    def next_run(self) -> dict[str, Any]:
+        """What `Experiment.epochs` takes to join this job's next run. Called by all processes of the job.
+
+        The first run begins with one broadcast. Each later one (after a `break`, or going on from a saved position)
+        begins with a barrier: until all have left the run before, its losses are still on their way.
+        """
+        num_processes = _num_processes()
+        if num_processes > 1 and self._num_runs:
+            distributed.barrier()
+        rank, size = self._rank_and_size or (distributed.get_rank() if num_processes > 1 else 0, num_processes)
+        if self._run_id is None and num_processes > 1:
+            self._run_id = _broadcast(uuid.uuid4().hex)
+        elif self._run_id is None and size == 1:
+            self._run_id = uuid.uuid4().hex
+        run_id = self._run_id
+        if run_id is not None and self._num_runs:
+            run_id = f"{run_id}-{self._num_runs}"
+        self._num_runs += 1
+        shares_data = num_processes not in (1, size)
+        return {
+            "rank": rank,
+            "world_size": size,
+            "run_id": run_id,
+            "process_id": f"{run_id}-rank-{rank}" if shares_data else None,
+        }
+
+
+def _num_processes() -> int:
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_distributed else 1
+
+
+def _broadcast(value: str) -> str:
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+@contextlib.contextmanager
+def gradient_sync(model: torch.nn.Module, is_on: bool) -> Iterator[None]:
+    """Whether backward passes exchange gradients between processes: DDP's and FSDP's `no_sync`, FSDP2's setter."""
+    no_sync = None if is_on else getattr(model, "no_sync", None)
+    set_sync = None if is_on else getattr(model, "set_requires_gradient_sync", None)
+    if no_sync is not None:
+        with no_sync():
+            yield
+    elif set_sync is not None:
+        set_sync(False)
+        try:
+            yield
+        finally:
+            set_sync(True)
+    else:
+        yield

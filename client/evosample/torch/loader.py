@@ -1,0 +1,591 @@
+"""The loader: what a step loads, scores and trains on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from evosample.client import Experiment
+from evosample.epoch import Batch, Epoch
+from evosample.errors import DataLossError, InvalidArgumentError, UsageError
+from evosample.run import Run
+from evosample.torch.columns import moved, take_rows
+from evosample.torch.distributed import Job, gradient_sync
+from evosample.torch.figures import Costs, EpochFigures, Stopwatch
+from evosample.wire import Position
+
+_log = logging.getLogger("evosample")
+
+_PLANNED_OPTIONS = {"batch_size", "batch_sampler", "drop_last", "generator", "in_order", "sampler", "shuffle"}
+
+
+class MetaBatch:
+    """The samples of one step as they were loaded; `Loader.micro_batches` says which of them to train on.
+
+    Attributes:
+        data: what the dataset's `collate_fn` made of them.
+        step: (epoch, step).
+    """
+
+    def __init__(self, data: Any, batch: Batch, positions: NDArray[np.int64] | None) -> None:
+        self.data = data
+        self.step = Position(batch.epoch, batch.step)
+        self._batch = batch
+        self._positions = positions  # of the samples that were loaded; None: all of them
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MetaBatch:
+        """The same on another device."""
+        return MetaBatch(moved(self.data, torch.device(device)), self._batch, self._positions)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples that were loaded."""
+        return len(self._batch.sample_ids) if self._positions is None else len(self._positions)
+
+    @property
+    def planned(self) -> Batch:
+        """The step as it was planned."""
+        return self._batch
+
+    def all_losses(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses of the loaded samples as losses of the planned ones: NaN where a sample is missing."""
+        if self._positions is None:
+            return losses
+        found = torch.full((len(self._batch.sample_ids),), torch.nan, dtype=losses.dtype, device=losses.device)
+        found[torch.from_numpy(self._positions).to(losses.device)] = losses
+        return found
+
+    def loaded(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """Where planned rows are among the loaded ones, and which of them are there (None: all of them)."""
+        if self._positions is None:
+            return positions, None
+        is_there = np.isin(positions, self._positions)
+        return np.searchsorted(self._positions, positions[is_there]), is_there
+
+
+@dataclasses.dataclass
+class _Step:
+    """A step that was yielded, until its last micro-batch's losses came."""
+
+    meta_batch: MetaBatch
+    num_rows: int
+    num_micro_batches: int
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _MicroBatch:
+    """What was yielded, until its losses come."""
+
+    step: _Step
+    num_rows: int
+    importance_weights: torch.Tensor | None
+
+
+class Loader:
+    """Yields the mini-batches of an experiment: a `DataLoader` whose samples the selection server chooses.
+
+    Iterating it goes through one epoch, or through what is left of one that was broken off. In a step that selects it
+    loads the meta-batch, scores it with `score`, and yields the chosen rows; in other steps (annealing epochs,
+    `Uniform`, `RandomSubset`) it yields all it has loaded. Pass the per-sample losses of everything that it yields to
+    `mean`, which gives the loss to back-propagate.
+
+    The scoring pass runs without gradients in the model's current mode, and leaves the model's buffers (BatchNorm
+    statistics among them) and PyTorch's random state as they were.
+
+    Where torch.distributed is initialised, each process gets its part of every step, and all have the same number of
+    scoring passes and micro-batches in it. Call the loader in the same way on all of them.
+
+    Args:
+        dataset: map-style, with `experiment.spec.num_samples` samples. None in a sample's place says that it can't be
+            loaded: the step goes on without it, and its score stays as it is.
+        experiment: made by a client.
+        model: whose buffers the scoring pass must leave alone; wrapped (DDP, FSDP) as it is trained.
+        score: takes a batch as the dataset's `collate_fn` makes it, returns its losses, [m], one a sample. It may use
+            autocast or a cheaper forward pass. Not needed where no step selects.
+        micro_batch_size: for gradient accumulation: score and yield at most so many samples at once. `ends_step` says
+            when to step the optimizer. Default: a step is one batch.
+        scoring_micro_batch_size: at most so many samples in a scoring pass, which needs less memory than training.
+            Default: micro_batch_size.
+        device: move batches there before they are scored and chosen from; overlaps with computation if `pin_memory`.
+            Default: leave them where the workers put them.
+        take: picks rows of a batch: take(batch, positions). Default: `take_rows`.
+        predict_saving: score a few steps of the first epoch as well, to measure what selection is to save and log that
+            beside what it does save; see `figures`.
+        read_ahead: batches that a trainer may take before it passes the losses of the one that is due to `mean`.
+        data_parallel_rank, data_parallel_size: which of how many equal parts of each step to take. Default: what
+            torch.distributed says, or everything. Pass them where processes share their data (tensor or pipeline
+            parallelism): these have the same rank, and must pass the same losses.
+        run_id: names this start of the job; the same on all processes, another for every start. Default: a random one,
+            which process 0 broadcasts. Needed where there are several without torch.distributed.
+        run_options: what `Experiment.epochs` takes besides, such as {"on_unavailable": "uniform"}.
+        **options: what `DataLoader` takes besides: collate_fn, num_workers, pin_memory, worker_init_fn ...
+
+    Raises:
+        InvalidArgumentError: the dataset does not fit the experiment, or an argument is missing.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        experiment: Experiment,
+        *,
+        model: torch.nn.Module,
+        score: Callable[[Any], torch.Tensor] | None = None,
+        micro_batch_size: int | None = None,
+        scoring_micro_batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        take: Callable[[Any, torch.Tensor], Any] | None = None,
+        predict_saving: bool = False,
+        read_ahead: int = 1,
+        data_parallel_rank: int | None = None,
+        data_parallel_size: int | None = None,
+        run_id: str | None = None,
+        run_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        _check_dataset(dataset, experiment)
+        if score is None and experiment.spec.policy.scores_meta_batch:
+            raise InvalidArgumentError(
+                f"score=None: {experiment.spec.policy} selects by losses; pass a function that takes a batch and "
+                "returns the loss of each of its samples",
+                field="score",
+            )
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidArgumentError(f"model={model!r}: expected a torch.nn.Module", field="model")
+        if read_ahead < 0:
+            raise InvalidArgumentError(f"read_ahead={read_ahead}: expected at least 0", field="read_ahead")
+        for option in sorted(_PLANNED_OPTIONS & options.keys()):
+            raise InvalidArgumentError(
+                f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
+                field=option,
+            )
+        sizes = {"micro_batch_size": micro_batch_size, "scoring_micro_batch_size": scoring_micro_batch_size}
+        for field, size in sizes.items():
+            if size is not None and size < 1:
+                raise InvalidArgumentError(f"{field}={size}: expected at least 1", field=field)
+        self.experiment = experiment
+        self._model = model
+        self._score = score
+        self._micro_batch_size = micro_batch_size
+        self._scoring_micro_batch_size = scoring_micro_batch_size or micro_batch_size
+        self._device = None if device is None else torch.device(device)
+        self._take = take
+        self._read_ahead = read_ahead
+        self._job = Job(data_parallel_rank, data_parallel_size, run_id)
+        self._run_options = dict(run_options or {})
+        self._run: Run | None = None
+        self._position: Position | None = None
+        self._epoch: Epoch | None = None
+        self._is_exhausted = False
+        self._pending: deque[_MicroBatch] = deque()
+        self._ends_step = True
+        self._predicts_saving = predict_saving and score is not None
+        self._costs = Costs()
+        self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec, self._costs)
+        self._planned = _PlannedBatches(dataset)
+        # Workers are seeded from this generator: PyTorch's own would lose a number to every epoch.
+        self._generator = torch.Generator()
+        collate = _Collate(options.pop("collate_fn", None) or default_collate)
+        self._data_loader: DataLoader[_Loaded] = DataLoader(
+            dataset, batch_sampler=self._planned, generator=self._generator, collate_fn=collate, **options
+        )
+
+    @property
+    def position(self) -> Position:
+        """The next step to train on; counts the steps whose losses went through `mean`."""
+        if self._position is None:
+            status = self.experiment.status()
+            return Position(status.epoch + (status.state == "sealed"), 0)  # sealed: the next epoch is being planned
+        if self._epoch is not None and self._position.step >= self._epoch.stop:
+            return Position(self._epoch.number + 1, 0)
+        return self._position
+
+    @property
+    def progress(self) -> float:
+        """The share of the whole run's steps that are done, in [0, 1]: what a learning-rate schedule can go by."""
+        spec, position = self.experiment.spec, self.position
+        return (spec.num_steps_before(position.epoch) + position.step) / spec.total_steps
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the losses last passed to `mean` were those of a step's last micro-batch."""
+        return self._ends_step
+
+    @property
+    def figures(self) -> EpochFigures:
+        """How the current epoch goes, or the last one went; also logged (INFO) at each epoch's end."""
+        return self._stopwatch.figures
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position, once every loss before it is in the store. Save it with the model; call it on all ranks."""
+        if self._run is not None:
+            self._run.flush()
+        position = self.position
+        experiment = self.experiment
+        return {"experiment": experiment.name, "uid": experiment.uid, "epoch": position.epoch, "step": position.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved position. With several ranks, after a new start of the job with a new run_id."""
+        if not isinstance(state, Mapping) or not {"experiment", "epoch", "step"} <= state.keys():
+            raise InvalidArgumentError(f"state={state!r}: expected what state_dict() gave", field="state")
+        if state["experiment"] != self.experiment.name:
+            raise InvalidArgumentError(
+                f"the state belongs to experiment {state['experiment']!r}, the loader to {self.experiment.name!r}",
+                field="state",
+            )
+        if state.get("uid", self.experiment.uid) != self.experiment.uid:
+            raise InvalidArgumentError(
+                f"the state belongs to an earlier experiment {self.experiment.name!r}, which was deleted: begin the "
+                "new one at its start",
+                field="state",
+            )
+        self._leave_run()
+        self._position = Position(int(state["epoch"]), int(state["step"]))
+
+    def mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """Hand over the losses of the oldest batch that is due, and get the loss to back-propagate.
+
+        Args:
+            losses: [m], one for each sample of the batch, with their graph.
+
+        Returns:
+            sum(importance_weight * loss) / (rows of the whole mini-batch): a scalar. Without micro-batches that is the
+            weighted mean; the gradients of a step's micro-batches add up to it.
+
+        Raises:
+            InvalidArgumentError: the losses' shape is not [m].
+            UsageError: no batch is due.
+        """
+        if not self._pending:
+            raise UsageError("mean(losses) was called without a batch: it takes each batch's losses once")
+        micro_batch = self._pending[0]
+        step = micro_batch.step
+        batch = step.meta_batch.planned
+        losses = _checked(losses, micro_batch.num_rows)
+        ends_step = self._is_last_of_step(micro_batch)
+        if not batch.selects and ends_step:
+            batch.report(step.meta_batch.all_losses(torch.cat([*step.losses, losses.detach()])))
+        self._ends_step = ends_step
+        self._pending.popleft()
+        step.losses.append(losses.detach())
+        if ends_step:
+            self._position = Position(batch.epoch, batch.step + 1)
+            if self._epoch is not None and self._position.step == self._epoch.stop:
+                self._stopwatch.end_epoch()
+                _log.info("%s", self.figures)
+        if micro_batch.importance_weights is not None:
+            losses = losses * micro_batch.importance_weights.to(losses.device)
+        return losses.sum() / step.num_rows
+
+    @staticmethod
+    def _is_last_of_step(micro_batch: _MicroBatch) -> bool:
+        return len(micro_batch.step.losses) + 1 == micro_batch.step.num_micro_batches
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Goes around forward and backward pass of each micro-batch: gradients are exchanged with a step's last only.
+
+        with loader.accumulate():
+            loader.mean(per_sample(batch)).backward()
+        """
+        if not self._pending:
+            raise UsageError(
+                "accumulate() was called without a batch: it goes around a batch's forward and backward pass"
+            )
+        with gradient_sync(self._model, self._is_last_of_step(self._pending[0])):
+            yield
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches that are left of the epoch at `position`. After a `break` it goes on where training stopped."""
+        for meta_batch in self.meta_batches():
+            yield from self.micro_batches(meta_batch)
+
+    def meta_batches(self) -> Iterator[MetaBatch]:
+        """What iterating the loader goes through, one step at a time and not scored yet.
+
+        For trainers that take batches ahead: scoring has to wait until the step before is done. Pass each meta-batch to
+        `micro_batches` when its turn comes.
+        """
+        epoch = self._next_epoch()
+        self._is_exhausted = False
+        self._planned.begin(epoch)
+        self._generator.manual_seed((self.experiment.spec.seed + epoch.number) % 2**63)
+        data_batches = iter(self._data_loader)
+        try:
+            for _ in range(epoch.first_step, epoch.num_steps):
+                began_s = time.perf_counter()
+                loaded = next(data_batches, None)
+                if loaded is None:  # the others have gone on without this rank
+                    break
+                self.figures.loading_s += time.perf_counter() - began_s
+                yield self._meta_batch(loaded)
+        finally:
+            # Left to the garbage collector, workers may be joined at any later time, for seconds and in any thread.
+            if self._data_loader.num_workers and not self._data_loader.persistent_workers:
+                data_batches._shutdown_workers()  # type: ignore[attr-defined]
+        self._is_exhausted = True
+
+    def _meta_batch(self, loaded: _Loaded) -> MetaBatch:
+        batch = self._planned.taken.popleft()
+        positions = None
+        if loaded.missing is not None:
+            positions = np.delete(np.arange(len(batch.sample_ids)), loaded.missing.numpy())
+            if not self.figures.num_not_loaded:
+                _log.warning(
+                    "step %d of epoch %d goes on without %d samples that can't be loaded, such as %d",
+                    batch.step,
+                    batch.epoch,
+                    len(loaded.missing),
+                    batch.sample_ids[loaded.missing[0]],
+                )
+            self.figures.num_not_loaded += len(loaded.missing)
+        data = loaded.data if self._device is None else moved(loaded.data, self._device)
+        return MetaBatch(data, batch, positions)
+
+    def _next_epoch(self) -> Epoch:
+        if self._is_exhausted and self._pending:
+            raise self._losses_missing()
+        if self._epoch is not None and self.position != (self._epoch.number + 1, 0):  # it was broken off
+            self._leave_run()
+        began_s = time.perf_counter()
+        if self._run is None:
+            options = self._job.next_run() | {"position": self._position} | self._run_options
+            self._run = self.experiment.epochs(**options)
+        epoch = next(self._run, None)
+        if epoch is None:
+            raise UsageError(
+                f"the experiment's {self.experiment.spec.num_epochs} epochs are done: there is no next one"
+            )
+        self._epoch = epoch
+        self._position = Position(epoch.number, epoch.first_step)
+        figures = EpochFigures(epoch.number, waiting_s=time.perf_counter() - began_s)
+        self._stopwatch = Stopwatch(figures, self.experiment.spec, self._costs)
+        return epoch
+
+    def _losses_missing(self) -> UsageError:
+        due = self._pending[0].step.meta_batch.planned
+        return UsageError(
+            f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call loader.mean(losses) for "
+            "every batch. A trainer that takes several batches ahead needs read_ahead"
+        )
+
+    def _leave_run(self) -> None:
+        self._pending.clear()
+        if self._position is not None:
+            self._position = self.position
+        self._epoch = None
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def micro_batches(self, meta_batch: MetaBatch) -> Iterator[Any]:
+        """Score a meta-batch if its step selects, and yield what there is to train on: one batch or several.
+
+        Raises:
+            UsageError: the losses of an earlier step were not passed to `mean`.
+            DataLossError: fewer samples could be loaded than there are micro-batches.
+        """
+        if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
+            raise self._losses_missing()
+        self._stopwatch.end_step()
+        batch = meta_batch.planned
+        if not batch.selects and self._wants_costs(meta_batch):
+            self._measure_scoring(meta_batch)
+        self._stopwatch.begin_step()
+        if batch.selects:
+            began_s = time.perf_counter()
+            chosen = batch.select(meta_batch.all_losses(self._scored(meta_batch, meta_batch.num_rows)))
+            self.figures.scoring_s += time.perf_counter() - began_s
+        else:
+            chosen = batch.all()
+        rows, is_there = meta_batch.loaded(chosen.positions)
+        importance_weights = chosen.importance_weights if is_there is None else chosen.importance_weights[is_there]
+        weights = None
+        if self.experiment.spec.importance_weight != "none":
+            self._stopwatch.chose(importance_weights)
+            weights = torch.from_numpy(importance_weights)
+        parts = _parts(rows, len(chosen.positions), self._micro_batch_size, batch)
+        step = _Step(meta_batch, len(rows), len(parts))
+        first = 0
+        for positions in parts:
+            stop = first + len(positions)
+            self._pending.append(_MicroBatch(step, len(positions), None if weights is None else weights[first:stop]))
+            first = stop
+            yield self._rows(meta_batch, positions)
+
+    def _wants_costs(self, meta_batch: MetaBatch) -> bool:
+        """Whether a step that trains on everything is to tell what scoring takes: not the first, which is slower."""
+        is_whole = meta_batch.num_rows == len(meta_batch.planned.sample_ids)
+        return self._predicts_saving and is_whole and self._costs.want_more and bool(self.figures.num_steps)
+
+    def _measure_scoring(self, meta_batch: MetaBatch) -> None:
+        """Time scoring passes over all samples of a step, and over as many as a step that selects trains on."""
+        spec = self.experiment.spec
+        num_rows = meta_batch.num_rows
+        num_trained = num_rows * spec.mini_batch_size // spec.meta_batch_size
+        self._costs.score_meta_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_rows)))
+        self._costs.score_mini_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_trained)))
+
+    def _rows(self, meta_batch: MetaBatch, positions: NDArray[np.int64]) -> Any:
+        num_rows = meta_batch.num_rows
+        if len(positions) == num_rows:
+            return meta_batch.data
+        rows = torch.from_numpy(positions)
+        return self._take(meta_batch.data, rows) if self._take else take_rows(meta_batch.data, rows, num_rows)
+
+    def _scored(self, meta_batch: MetaBatch, num_rows: int) -> torch.Tensor:
+        """The losses of a meta-batch's first samples, [num_rows]."""
+        assert self._score is not None
+        batch = meta_batch.planned
+        num_planned = len(batch.sample_ids) if num_rows == meta_batch.num_rows else num_rows
+        parts = _parts(np.arange(num_rows), num_planned, self._scoring_micro_batch_size, batch)
+        with torch.no_grad(), _undisturbed(self._model):
+            losses = [_checked(self._score(self._rows(meta_batch, positions)), len(positions)) for positions in parts]
+        return torch.cat(losses)
+
+
+class _PlannedBatches:
+    """The batch sampler of the DataLoader: the sample ids of an epoch's steps, which it takes ahead of training.
+
+    A dataset with a method `prefetch` is told which samples come next: prefetch(sample_ids), int64 [k], in their order,
+    each once an epoch, as soon as they are among the next `dataset.prefetch_samples`. It must not block.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.taken: deque[Batch] = deque()
+        self._prefetch: Callable[[NDArray[np.int64]], None] | None = getattr(dataset, "prefetch", None)
+        self._prefetch_samples: int = getattr(dataset, "prefetch_samples", 0)
+        self._epoch: Epoch | None = None
+        self._num_announced = 0
+
+    def begin(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self._num_announced = epoch.first_step
+        self.taken.clear()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self._epoch
+        assert epoch is not None
+        while (batch := epoch.next_batch()) is not None:
+            if self._prefetch is not None:
+                self._announce(epoch, self._prefetch)
+            self.taken.append(batch)
+            yield batch.sample_ids.tolist()
+
+    def _announce(self, epoch: Epoch, prefetch: Callable[[NDArray[np.int64]], None]) -> None:
+        first = max(self._num_announced, epoch.num_yielded)
+        sample_ids = epoch.buffered_ids(first, epoch.num_yielded + self._prefetch_samples // epoch.part_rows)
+        if len(sample_ids):
+            prefetch(sample_ids.reshape(-1))
+        self._num_announced = first + len(sample_ids)
+
+
+class _Loaded(NamedTuple):
+    """What a worker makes of a step: the collated samples, and int64 positions of those that it could not load."""
+
+    data: Any
+    missing: torch.Tensor | None
+
+
+class _Collate:
+    """A `collate_fn` of the samples that could be loaded: where the dataset gave None there is none."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self._collate_fn = collate_fn
+
+    def __call__(self, samples: Any) -> _Loaded:
+        if not isinstance(samples, list):  # a dataset whose __getitems__ makes whole batches
+            return _Loaded(self._collate_fn(samples), None)
+        loaded = [sample for sample in samples if sample is not None]
+        if len(loaded) == len(samples):
+            return _Loaded(self._collate_fn(samples), None)
+        if not loaded:
+            raise DataLossError(f"none of the {len(samples)} samples of a step could be loaded")
+        missing = [position for position, sample in enumerate(samples) if sample is None]
+        return _Loaded(self._collate_fn(loaded), torch.tensor(missing))
+
+
+def _parts(
+    rows: NDArray[np.int64], num_planned: int, micro_batch_size: int | None, batch: Batch
+) -> list[NDArray[np.int64]]:
+    """Rows cut into micro-batches: as many as all ranks have for the rows that were planned, nearly equal in size."""
+    num_parts = -(-num_planned // min(micro_batch_size or num_planned, num_planned))
+    if len(rows) < num_parts:
+        raise DataLossError(
+            f"of step {batch.step} of epoch {batch.epoch} only {len(rows)} samples are there to train on, for "
+            f"{num_parts} micro-batches"
+        )
+    return np.array_split(rows, num_parts)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Seconds that work takes, on a GPU as well."""
+    _synchronize()
+    began_s = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - began_s
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _checked(losses: torch.Tensor, num_rows: int) -> torch.Tensor:
+    if not isinstance(losses, torch.Tensor):
+        raise InvalidArgumentError(f"losses={losses!r}: expected a tensor of {num_rows} losses", field="losses")
+    if losses.shape != (num_rows,):
+        raise InvalidArgumentError(
+            f"losses have shape {tuple(losses.shape)}, expected ({num_rows},): one loss a sample of the batch. "
+            'Compute them without reduction (reduction="none"), and average what belongs to one sample',
+            field="losses",
+        )
+    return losses
+
+
+def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise InvalidArgumentError(
+            f"dataset={type(dataset).__name__}: expected a map-style dataset, with __getitem__ and __len__: samples "
+            "are loaded by their ids",
+            field="dataset",
+        )
+    num_samples = len(dataset) if hasattr(dataset, "__len__") else experiment.spec.num_samples
+    if num_samples != experiment.spec.num_samples:
+        raise InvalidArgumentError(
+            f"dataset has {num_samples:,} samples, experiment {experiment.name!r} was created for "
+            f"{experiment.spec.num_samples:,}",
+            field="dataset",
+        )
+
+
+@contextlib.contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model's buffers and PyTorch's random state back afterwards."""
+    saved = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for buffers, name, buffer, before in saved:
+                buffers[name] = buffer  # some modules put another tensor in its place
+                buffer.data.copy_(before)  # .data: a graph that holds the buffer must not see it as modified
