@@ -131,6 +131,8 @@ class Epoch:
         stop: the step before which it ends for this rank: num_steps, unless the others went on without it.
         selects: see `Batch`.
         is_closed: it has ended without this rank: only what was reported before counts.
+        new_share: share of its samples that the epoch before had left out; None where there was none before.
+        skipped_ranks: ranks without which the epoch before has ended, at most 100.
         is_uniform: drawn by the client itself while no server answered; its losses are not reported.
     """
 
@@ -141,6 +143,9 @@ class Epoch:
         self.num_steps = self.stop = start.num_steps
         self.first_step = first_step
         self.is_uniform = is_uniform
+        num_rows = start.num_steps * start.step_rows
+        self.new_share = start.new_rows / num_rows if start.HasField("new_rows") else None
+        self.skipped_ranks = tuple(start.skipped_ranks)
         self.selects = start.trained_rows < start.step_rows
         self.part_rows = start.step_rows // run.world_size
         self.plan_id = start.plan_id

@@ -446,6 +446,8 @@ class Run:
                 self._keep(epoch)
                 if not is_passed:
                     self._epochs.append(epoch)
+                if epoch.skipped_ranks:
+                    _log.warning("epoch %d has ended without the ranks %s", number - 1, list(epoch.skipped_ranks))
             self._check_same_rows(epoch, start)
             epoch.plan_id = start.plan_id
             self._waiting_for = []

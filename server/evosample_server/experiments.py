@@ -82,6 +82,8 @@ class EpochStart(NamedTuple):
     plan_id: str
     shape: EpochShape
     table_checksum: int
+    new_rows: int | None
+    skipped_ranks: tuple[int, ...]
 
 
 class EpochRows(NamedTuple):
@@ -442,7 +444,8 @@ class Experiments:
             return
         shape = head.spec.shape(epoch)
         check_int("first_step", first_step, 0, shape.num_steps)
-        yield EpochStart(head.plan_id, shape, head.table_checksum)
+        info = await self._store.plan_info(head, head.plan_id)
+        yield EpochStart(head.plan_id, shape, head.table_checksum, info.new_rows, info.skipped_ranks)
         stop = min(first_step + max_steps, shape.num_steps) if max_steps else shape.num_steps
         async for rows in self._rows(head, shape, member.rank, first_step, stop):
             yield rows

@@ -95,7 +95,7 @@ class ExperimentKeys:
         return self._key("turn")
 
     def plan(self, plan_id: str) -> str:
-        """Hash of a plan: generation:<g> -> "world_size first_step", row counts so far, imported."""
+        """Hash of a plan: generation:<g> -> "world_size first_step", row counts so far, new_rows ..."""
         return self._key(plan_id)
 
     def column(self, plan_id: str, column: str, block: int) -> str:

@@ -11,7 +11,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from evosample.errors import EpochClosedError
-from evosample.sampling import Scores, fold_epoch, initial_scores, plan_epoch, table_checksum
+from evosample.sampling import Scores, Table, count_new, fold_epoch, initial_scores, plan_epoch, table_checksum
 from evosample.wire import ExperimentName, ExperimentState
 from evosample_server.store import Head, RowCounts, Store
 
@@ -121,6 +121,7 @@ class Planner:
     async def _turn(self, head: Head) -> None:
         store, spec = self._store, head.spec
         epoch, plan_id = head.epoch, head.plan_id
+        table_before: Table | None = None
         is_replan = head.state == "unplanned" and bool(plan_id)  # someone went back to an epoch that kept its scores
         if is_replan:
             scores, row_counts = (
@@ -134,8 +135,8 @@ class Planner:
             else:
                 losses = await store.read_losses(head)
                 prior = await store.read_scores(head, head.plan_id)
-                table = await store.read_table(head, 0, len(losses))
-                scores, counts = await asyncio.to_thread(fold_epoch, spec, prior, table.sample_ids, losses)
+                table_before = await store.read_table(head, 0, len(losses))
+                scores, counts = await asyncio.to_thread(fold_epoch, spec, prior, table_before.sample_ids, losses)
                 so_far = (await store.plan_info(head, head.plan_id)).row_counts
                 row_counts = RowCounts(*(before + new for before, new in zip(so_far, counts, strict=True)))
                 epoch += 1
@@ -143,7 +144,7 @@ class Planner:
                 head, plan_id, scores
             ):
                 return
-        await self._plan(head, epoch, plan_id, scores, row_counts)
+        await self._plan(head, epoch, plan_id, scores, row_counts, table_before=table_before)
 
     async def import_scores(self, head: Head, scores: Scores) -> bool:
         """Put scores in the place of those an experiment starts with; False if its head has changed meanwhile."""
@@ -163,17 +164,23 @@ class Planner:
         scores: Scores,
         row_counts: RowCounts,
         *,
+        table_before: Table | None = None,
         is_imported: bool = False,
     ) -> bool:
         """Write the table of `epoch` beside its scores, and move the head to it; False if another got there first."""
         store, spec = self._store, head.spec
         is_last = epoch == spec.num_epochs
         crc = 0
+        new_rows = None
         if not is_last:
             table = await asyncio.to_thread(plan_epoch, spec, epoch, scores)
             if not await store.write_table(head, plan_id, table):
                 return False
             crc = await asyncio.to_thread(table_checksum, *table)
+            if table_before is not None:
+                new_rows = await asyncio.to_thread(
+                    count_new, spec.num_samples, table_before.sample_ids, table.sample_ids
+                )
         state: ExperimentState = "finished" if is_last else "open"
         if not await store.commit(
             head,
@@ -182,6 +189,7 @@ class Planner:
             state=state,
             table_checksum=crc,
             row_counts=row_counts,
+            new_rows=new_rows,
             is_imported=is_imported,
         ):
             await store.collect(head, lost_plan=plan_id)

@@ -247,7 +247,7 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
     match event:
         case EpochWait(waiting_for_ranks):
             return pb.StreamEpochResponse(wait=pb.EpochWait(waiting_for_ranks=waiting_for_ranks))
-        case EpochStart(plan_id, shape, table_checksum):
+        case EpochStart(plan_id, shape, table_checksum, new_rows, skipped_ranks):
             return pb.StreamEpochResponse(
                 start=pb.EpochStart(
                     plan_id=plan_id,
@@ -255,6 +255,8 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
                     step_rows=shape.step_rows,
                     trained_rows=shape.trained_rows,
                     table_checksum=table_checksum,
+                    new_rows=new_rows,
+                    skipped_ranks=skipped_ranks,
                 )
             )
         case EpochRows(first_step, Table(sample_ids, prior_scores, importance_weights)):

@@ -113,6 +113,8 @@ class PlanInfo(NamedTuple):
 
     row_counts: RowCounts
     generations: tuple[PlanGeneration, ...]
+    new_rows: int | None
+    skipped_ranks: tuple[int, ...]
 
 
 class _Block(NamedTuple):
@@ -481,7 +483,13 @@ class Store:
             if field.startswith(b"generation:")
         ]
         counts = RowCounts(*(int(fields.get(field.encode(), 0)) for field in RowCounts._fields))
-        return PlanInfo(counts, tuple(sorted(generations)))
+        new_rows = fields.get(b"new_rows")
+        return PlanInfo(
+            counts,
+            tuple(sorted(generations)),
+            None if new_rows is None else int(new_rows),
+            tuple(map(int, fields.get(b"skipped_ranks", b"").split())),
+        )
 
     async def is_imported(self, head: Head) -> bool:
         """Whether the scores of the current plan came from outside."""
@@ -519,6 +527,7 @@ class Store:
         state: ExperimentState,
         table_checksum: int,
         row_counts: RowCounts,
+        new_rows: int | None,
         is_imported: bool,
     ) -> bool:
         """Move the head to a plan whose columns are complete; False if another got there first."""
@@ -531,6 +540,8 @@ class Store:
             experiment.plan(plan_id),
         ]
         counts = [item for pair in row_counts._asdict().items() for item in pair]
+        if new_rows is not None:
+            counts += ["new_rows", new_rows]
         if is_imported:
             counts += ["imported", 1]
         args = [*head.identity(), epoch, plan_id, state, table_checksum, *counts]

@@ -230,3 +230,18 @@ def test_columns_of_several_blocks_are_learned_from_in_full(
     np.testing.assert_allclose(exported.scores, s, rtol=1e-6)
     np.testing.assert_allclose(exported.sampling_weights, w, rtol=1e-6)
     client.delete_experiment(name)
+
+
+def test_an_epoch_says_how_many_of_its_samples_the_one_before_had_left_out(client: evosample.Client, name: str) -> None:
+    experiment = create(client, name, policy=evosample.EvolvedSampling(prune_ratio=0.4))
+    before: set[int] = set()
+    shares = []
+    for epoch in experiment.epochs():
+        ids = set()
+        for batch in epoch:
+            ids.update(batch.sample_ids.tolist())
+            batch.report(np.ones(len(batch.sample_ids), np.float32))
+        assert epoch.new_share == (len(ids - before) / len(ids) if epoch.number else None)
+        shares.append(epoch.new_share or 0)
+        before = ids
+    assert min(shares[2:-1]) > 0.2

@@ -68,8 +68,11 @@ def test_a_straggler_is_left_behind_after_its_time_and_goes_on_with_the_others(
         assert go_through(late, 3) == 3
         runs[1].flush()
         go_through(next(runs[0]))
-        after = next(runs[0])  # rank 1 is not waited for
+        with caplog.at_level(logging.WARNING, "evosample"):
+            after = next(runs[0])  # rank 1 is not waited for
         assert after.number == 1
+        assert after.skipped_ranks == (1,)
+        assert "epoch 0 has ended without the ranks [1]" in caplog.text
         assert here.get_experiment("e").status().unreported_rows == 7 * 20
         with caplog.at_level(logging.WARNING, "evosample"):
             assert go_through(late, 1) == 1
@@ -80,7 +83,9 @@ def test_a_straggler_is_left_behind_after_its_time_and_goes_on_with_the_others(
             assert epoch.number == 1
             go_through(epoch)
         for run in runs:
-            assert next(run).number == 2
+            last = next(run)
+            assert last.number == 2
+            assert last.skipped_ranks == ()
             run.close()
 
 

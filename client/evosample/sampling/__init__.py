@@ -4,6 +4,7 @@ from evosample.sampling.checks import InvalidValue, check_int, check_name, check
 from evosample.sampling.epoch import (
     FoldCounts,
     Table,
+    count_new,
     fold_epoch,
     keep_samples,
     permutation,
@@ -54,6 +55,7 @@ __all__ = [
     "check_scores",
     "check_seconds",
     "checksum",
+    "count_new",
     "exponentials",
     "fold_epoch",
     "initial_scores",

@@ -124,6 +124,13 @@ def plan_epoch(spec: ExperimentSpec, epoch: int, scores: Scores) -> Table:
     return Table(sample_ids.astype(sample_id_dtype(spec.num_samples)), scores.scores[sample_ids], importance_weights)
 
 
+def count_new(num_samples: int, sample_ids_before: NDArray[Any], sample_ids: NDArray[Any]) -> int:
+    """How many samples of one epoch's table are not in that of the epoch before; ids are in [0, num_samples)."""
+    was_there = np.zeros(num_samples, np.bool_)
+    was_there[sample_ids_before] = True
+    return len(sample_ids) - int(np.count_nonzero(was_there[sample_ids]))
+
+
 def fold_epoch(
     spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], losses: NDArray[np.float32]
 ) -> tuple[Scores, FoldCounts]:

@@ -21,12 +21,12 @@ class EpochFigures:
     Attributes:
         epoch: from 0.
         num_steps: steps trained on.
-        seconds: from the first batch to the last step's end.
+        seconds: from when it is planned to the last step's end.
         loading_s: of these, waiting for the dataset.
         scoring_s: of these, in scoring passes.
         waiting_s: before the epoch, waiting for it to be planned: for the other ranks' losses, and the turn.
         num_not_loaded: samples that the dataset gave None for.
-        changed_share: share of the epoch's samples that the epoch before had left out.
+        new_share: share of the epoch's samples that the epoch before had left out.
         effective_sample_share: mean over the steps of (sum w)^2 / (m * sum w^2), of the m chosen rows' importance
             weights w: 1 where all count alike.
         predicted_saving: share of the time of training on every sample that the epoch is expected to do without, from
@@ -41,7 +41,7 @@ class EpochFigures:
     scoring_s: float = 0.0
     waiting_s: float = 0.0
     num_not_loaded: int = 0
-    changed_share: float | None = None
+    new_share: float | None = None
     effective_sample_share: float | None = None
     predicted_saving: float | None = None
     realised_saving: float | None = None
@@ -57,8 +57,8 @@ class EpochFigures:
             said.append(f"{self.scoring_share:.0%} scoring")
         if self.loading_s:
             said.append(f"{self.loading_s / self.seconds:.0%} waiting for data")
-        if self.changed_share:
-            said.append(f"{self.changed_share:.1%} of its samples were left out before")
+        if self.new_share:
+            said.append(f"{self.new_share:.1%} of its samples were left out before")
         if self.effective_sample_share is not None:
             said.append(f"effective sample size {self.effective_sample_share:.0%}")
         if self.num_not_loaded:
@@ -120,7 +120,7 @@ class Stopwatch:
         self._spec = spec
         self._shape = spec.shape(figures.epoch)
         self._costs = costs
-        self._epoch_began_s = 0.0
+        self._epoch_began_s = time.perf_counter()
         self._step_began_s: float | None = None
         self._loading_s = 0.0
         self._steps_s: list[float] = []
@@ -129,8 +129,6 @@ class Stopwatch:
     def begin_step(self) -> None:
         """A step begins, with its samples loaded."""
         self._step_began_s = time.perf_counter()
-        if not self.figures.num_steps:
-            self._epoch_began_s = self._step_began_s
         self._loading_s = self.figures.loading_s
         self.figures.num_steps += 1
 

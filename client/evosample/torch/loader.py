@@ -369,7 +369,7 @@ class Loader:
             )
         self._epoch = epoch
         self._position = Position(epoch.number, epoch.first_step)
-        figures = EpochFigures(epoch.number, waiting_s=time.perf_counter() - began_s)
+        figures = EpochFigures(epoch.number, waiting_s=time.perf_counter() - began_s, new_share=epoch.new_share)
         self._stopwatch = Stopwatch(figures, self.experiment.spec, self._costs)
         return epoch
 

@@ -725,6 +725,8 @@ class EpochStart(google.protobuf.message.Message):
     STEP_ROWS_FIELD_NUMBER: builtins.int
     TRAINED_ROWS_FIELD_NUMBER: builtins.int
     TABLE_CHECKSUM_FIELD_NUMBER: builtins.int
+    NEW_ROWS_FIELD_NUMBER: builtins.int
+    SKIPPED_RANKS_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Names this plan of the epoch in reports."""
     num_steps: builtins.int
@@ -738,6 +740,14 @@ class EpochStart(google.protobuf.message.Message):
     """CRC-32 (as zlib's) of the whole table: its columns as bytes, sample ids first. If the store has lost the plan of an
     epoch and it was planned again, tells whether its rows are still the same.
     """
+    new_rows: builtins.int
+    """Rows of this epoch whose samples the epoch before had left out. Unset where there was none before."""
+    @property
+    def skipped_ranks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Ranks without which the epoch before has ended, by its straggler time-out or ForceFinishEpoch: the first 100,
+        ascending.
+        """
+
     def __init__(
         self,
         *,
@@ -746,8 +756,12 @@ class EpochStart(google.protobuf.message.Message):
         step_rows: builtins.int = ...,
         trained_rows: builtins.int = ...,
         table_checksum: builtins.int = ...,
+        new_rows: builtins.int | None = ...,
+        skipped_ranks: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["num_steps", b"num_steps", "plan_id", b"plan_id", "step_rows", b"step_rows", "table_checksum", b"table_checksum", "trained_rows", b"trained_rows"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_new_rows", b"_new_rows", "new_rows", b"new_rows"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_new_rows", b"_new_rows", "new_rows", b"new_rows", "num_steps", b"num_steps", "plan_id", b"plan_id", "skipped_ranks", b"skipped_ranks", "step_rows", b"step_rows", "table_checksum", b"table_checksum", "trained_rows", b"trained_rows"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_new_rows", b"_new_rows"]) -> typing.Literal["new_rows"] | None: ...
 
 global___EpochStart = EpochStart
 

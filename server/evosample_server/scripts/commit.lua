@@ -2,6 +2,7 @@
 -- KEYS: head, plans, epochs, finished, plan
 -- ARGV: uid, epoch, state, plan_id, generation (as read); new epoch, new plan_id, new state, table checksum; then the
 --       new plan's row counts: field, value, ...
+-- The new plan also says without which ranks the epoch before has ended, at most 100.
 -- Returns 1, or 0 if another got there first.
 if redis.call('HGET', KEYS[1], 'uid') == ARGV[1] and redis.call('HGET', KEYS[3], ARGV[6]) == ARGV[7] and ARGV[4] ~= ARGV[7] then
   return 1 -- sent again: the first answer got lost
@@ -19,6 +20,16 @@ end
 local first_step = h[7]
 if epoch ~= h[2] then
   first_step = '0'
+  local world_size = tonumber(h[6])
+  if redis.call('SCARD', KEYS[4]) < world_size then
+    local skipped = {}
+    for rank = 0, world_size - 1 do
+      if #skipped < 100 and redis.call('SISMEMBER', KEYS[4], rank) == 0 then
+        table.insert(skipped, rank)
+      end
+    end
+    redis.call('HSET', KEYS[5], 'skipped_ranks', table.concat(skipped, ' '))
+  end
   redis.call('DEL', KEYS[4])
 end
 redis.call('HSET', KEYS[1], 'epoch', epoch, 'plan_id', plan_id, 'state', state, 'first_step', first_step,

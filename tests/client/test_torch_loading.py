@@ -1,0 +1,218 @@
+"""How the loader gets samples: what can't be loaded, workers of every kind, what is to come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import evosample
+from evosample.torch import Loader
+from samples import Announced, Ids, refuse_connections
+from support import fixed_losses, train
+
+N, EPOCHS, B, MINI = 96, 4, 16, 4
+STEPS = N // B
+SETTINGS: dict[str, Any] = {"num_samples": N, "num_epochs": EPOCHS, "meta_batch_size": B, "mini_batch_size": MINI}
+LOSSES = fixed_losses(N, 1)[0]
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def loss_of(ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(LOSSES)[ids]
+
+
+def loader_of(experiment: evosample.Experiment, dataset: Dataset[Any], **options: Any) -> Loader:
+    return Loader(dataset, experiment, model=torch.nn.Linear(1, 1), score=loss_of, **options)
+
+
+def go_through(loader: Loader) -> list[list[int]]:
+    """The rest of the run: the ids of every micro-batch."""
+    batches = []
+    for _ in range(loader.position.epoch, EPOCHS):
+        for ids in loader:
+            batches.append(ids.tolist())
+            loader.mean(loss_of(ids))
+    return batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_step_goes_on_without_samples_that_cannot_be_loaded(
+    client: evosample.Client, name: str, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = tuple(range(0, N, 3))
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **SETTINGS) for suffix in ("", "-twin"))
+    loader = loader_of(experiment, Ids(N, lost), num_workers=num_workers)
+    with caplog.at_level(logging.WARNING, "evosample"):
+        batches = go_through(loader)
+    assert not set(lost) & {sample for batch in batches for sample in batch}
+    assert loader.figures.num_not_loaded == len(lost)
+    assert "can't be loaded, such as" in caplog.text
+    # The same as if their losses were not finite: there are no scores for them, and what is chosen is among the others.
+    losses = LOSSES.copy()
+    losses[list(lost)] = np.nan
+    visits = train(twin, np.broadcast_to(losses, (EPOCHS, N)))
+    assert batches == [
+        [sample for sample in visit.sample_ids[visit.positions].tolist() if sample not in lost] for visit in visits
+    ]
+    np.testing.assert_array_equal(experiment.export_scores().scores, twin.export_scores().scores)
+    assert not experiment.export_scores().num_visits[list(lost)].any()
+
+
+def test_a_step_without_some_samples_has_as_many_micro_batches_as_every_other(
+    client: evosample.Client, name: str
+) -> None:
+    """Else the ranks of a job would wait for each other."""
+    passes: list[int] = []
+
+    def score(ids: torch.Tensor) -> torch.Tensor:
+        passes.append(len(ids))
+        return loss_of(ids)
+
+    experiment = client.create_experiment(name, **SETTINGS)
+    loader = Loader(
+        Ids(N, tuple(range(0, N, 4))), experiment, model=torch.nn.Linear(1, 1), score=score, micro_batch_size=MINI
+    )
+    batches = go_through(loader)
+    assert len(batches) == STEPS * (2 * B // MINI + 2)  # annealing epochs, and those that select
+    assert len(passes) == 2 * STEPS * (B // MINI)
+
+
+def test_importance_weights_stay_with_their_samples_when_others_are_missing(
+    client: evosample.Client, name: str
+) -> None:
+    settings = SETTINGS | {"importance_weight": "unbiased", "mini_batch_size": 8}
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **settings) for suffix in ("", "-twin"))
+    lost = tuple(range(0, N, 4))
+    losses = LOSSES.copy()
+    losses[list(lost)] = np.nan
+    expected = [
+        (visit.importance_weights * losses[visit.sample_ids[visit.positions]])[
+            ~np.isin(visit.sample_ids[visit.positions], lost)
+        ].mean()
+        for visit in train(twin, np.broadcast_to(losses, (EPOCHS, N)))
+    ]
+    loader = loader_of(experiment, Ids(N, lost))
+    means = [float(loader.mean(loss_of(ids))) for _ in range(EPOCHS) for ids in loader]
+    np.testing.assert_allclose(means, expected, rtol=1e-5)
+    assert 0.2 < (loader.figures.effective_sample_share or 0) <= 1
+
+
+def test_a_step_of_which_nothing_can_be_loaded_is_an_error(client: evosample.Client, name: str) -> None:
+    loader = loader_of(client.create_experiment(name, **SETTINGS), Ids(N, tuple(range(N))))
+    with pytest.raises(evosample.DataLossError, match="none of the 16 samples"):
+        next(iter(loader))
+    few = Ids(N, tuple(range(N - 5)))
+    loader = loader_of(client.create_experiment(f"{name}-few", **SETTINGS), few, micro_batch_size=2)
+    with pytest.raises(evosample.DataLossError, match=r"(only . samples are there|none of the 16 samples)"):
+        go_through(loader)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_workers_of_every_start_method_load_the_same_and_know_nothing_of_the_server(
+    client: evosample.Client, name: str, method: str, persistent_workers: bool
+) -> None:
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **SETTINGS) for suffix in ("", "-twin"))
+    options = {"num_workers": 2, "multiprocessing_context": method, "persistent_workers": persistent_workers}
+    batches = go_through(loader_of(experiment, Ids(N), worker_init_fn=refuse_connections, **options))
+    assert batches == go_through(loader_of(twin, Ids(N)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_exception_in_a_worker_ends_the_epoch_and_keeps_what_was_reported(
+    client: evosample.Client, name: str, method: str
+) -> None:
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **SETTINGS) for suffix in ("", "-twin"))
+    visits = train(twin, np.broadcast_to(LOSSES, (EPOCHS, N)))
+    damaged = int(visits[STEPS + 3].sample_ids[0])
+    dataset = Ids(N, damaged=(damaged,))
+    dataset_epoch_0 = loader_of(experiment, Ids(N))
+    for ids in dataset_epoch_0:
+        dataset_epoch_0.mean(loss_of(ids))
+    loader = loader_of(experiment, dataset, num_workers=2, multiprocessing_context=method)
+    loader.load_state_dict(dataset_epoch_0.state_dict())
+    with pytest.raises(OSError, match=f"sample {damaged} is damaged"):
+        go_through(loader)
+    assert loader.position == (1, 3)
+    loader.state_dict()  # everything is reported
+    status = experiment.status()
+    assert (status.epoch, status.state) == (1, "open")
+    rest = loader_of(experiment, Ids(N))
+    rest.load_state_dict(loader.state_dict())
+    go_through(rest)
+    np.testing.assert_array_equal(experiment.export_scores().scores, twin.export_scores().scores)
+    assert experiment.status().unreported_rows == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_that_prefetches_is_told_what_comes_in_time_and_once(
+    client: evosample.Client, name: str, num_workers: int
+) -> None:
+    experiment = client.create_experiment(name, **SETTINGS | {"mini_batch_size": B, "policy": evosample.Uniform()})
+    dataset = Announced(N, 3 * B + 1)
+    loader = loader_of(experiment, dataset, num_workers=num_workers)
+    for _ in range(EPOCHS):
+        dataset.announced.clear()
+        seen: list[int] = []
+        for step, ids in enumerate(loader):
+            seen += ids.tolist()
+            # Announced are the 3 steps of prefetch_samples; workers take some steps ahead of that.
+            assert len(dataset.announced) >= (min(step + 3, STEPS - 1)) * B
+            if not num_workers:
+                assert len(dataset.announced) == min(step + 3, STEPS - 1) * B
+            loader.mean(loss_of(ids))
+        assert dataset.announced == seen[B:]  # the first step is taken at once
+
+
+def test_an_epoch_says_where_its_time_went_and_what_selection_saved(
+    client: evosample.Client, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    loader = loader_of(experiment, Ids(N), predict_saving=True)
+    with caplog.at_level(logging.INFO, "evosample"):
+        for epoch in range(EPOCHS):
+            for ids in loader:
+                loader.mean(loss_of(ids))
+            figures = loader.figures
+            assert (figures.epoch, figures.num_steps) == (epoch, STEPS)
+            assert 0 < figures.loading_s + figures.scoring_s < figures.seconds
+            assert (figures.scoring_s > 0) == (epoch in (1, 2))
+            assert (figures.predicted_saving is not None) == (epoch in (1, 2))
+            assert (figures.realised_saving is not None) == (epoch in (1, 2))
+            assert f"epoch {epoch}: 6 steps in" in caplog.text
+    assert "of the time saved (predicted:" in caplog.text
+
+
+def test_predicting_the_saving_changes_nothing_else(client: evosample.Client, name: str) -> None:
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **SETTINGS) for suffix in ("", "-twin"))
+    assert go_through(loader_of(experiment, Ids(N), predict_saving=True)) == go_through(loader_of(twin, Ids(N)))
+    np.testing.assert_array_equal(experiment.export_scores().scores, twin.export_scores().scores)
+
+
+def test_meta_batches_may_be_taken_ahead_and_scored_when_their_turn_comes(client: evosample.Client, name: str) -> None:
+    experiment, twin = (client.create_experiment(f"{name}{suffix}", **SETTINGS) for suffix in ("", "-twin"))
+    loader = loader_of(experiment, Ids(N))
+
+    def ahead() -> Iterator[evosample.torch.MetaBatch]:
+        meta_batches = loader.meta_batches()
+        waiting = [next(meta_batches)]
+        for meta_batch in meta_batches:
+            waiting.append(meta_batch)
+            yield waiting.pop(0)
+        yield from waiting
+
+    batches = []
+    for _ in range(EPOCHS):
+        for meta_batch in ahead():
+            assert meta_batch.step == loader.position
+            for ids in loader.micro_batches(meta_batch.to("cpu")):
+                batches.append(ids.tolist())
+                loader.mean(loss_of(ids))
+    assert batches == go_through(loader_of(twin, Ids(N)))
