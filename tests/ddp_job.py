@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import evosample
@@ -47,6 +49,8 @@ def options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--micro-batch-size", type=int)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--create", help="settings of the experiment, as JSON")
+    parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--data-parallel-size", type=int, help="processes R and R + this share their data")
     parser.add_argument("--alone", action="store_true", help="without collectives: the ranks don't notice each other")
     parser.add_argument("--straggler-timeout-s", type=float)
@@ -63,13 +67,22 @@ def main(job: argparse.Namespace) -> None:
         "gloo", init_method=f"file://{directory}/rendezvous", rank=job.rank, world_size=job.world_size
     )
     model: torch.nn.Module = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     state = torch.load(job.checkpoint) if job.checkpoint else None
     if state:
         model.load_state_dict(state["model"])
+    whole: torch.nn.Module = model
+    if job.fsdp:
+        whole = cast(torch.nn.Module, fully_shard(model))
+    elif not job.alone:
+        whole = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if state:
         optimizer.load_state_dict(state["optimizer"])
-    whole = model if job.alone else DistributedDataParallel(model)
-    experiment = evosample.connect(job.address).get_experiment(job.experiment)
+    if job.create:  # on a private server of the job's own
+        client = evosample.torch.connect()
+        experiment = client.create_experiment(job.experiment, **json.loads(job.create))
+    else:
+        experiment = evosample.torch.connect(job.address).get_experiment(job.experiment)
     losses = torch.from_numpy(fixed_losses(experiment.spec.num_samples, 1)[0])
 
     def per_sample(ids: torch.Tensor) -> torch.Tensor:
@@ -135,7 +148,15 @@ def main(job: argparse.Namespace) -> None:
                     if job.rank == 0:
                         torch.save(saved, directory / "new")
                         (directory / "new").rename(directory / "checkpoint")
-    np.savez(directory / f"rank-{job.rank}.npz", **{k: v.numpy() for k, v in model.state_dict().items()})
+    loader.state_dict()  # everything is reported
+    values: dict[str, Any] = {}
+    for key, value in model.state_dict().items():
+        values[key] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy()
+    np.savez(directory / f"rank-{job.rank}.npz", **values)
+    if not job.alone:
+        distributed.barrier()
+        assert experiment.status().state in ("sealed", "finished")  # everyone has reported everything
+        distributed.barrier()
     distributed.destroy_process_group()
 
 

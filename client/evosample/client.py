@@ -143,6 +143,11 @@ class Client:
         """Where the server is, or the servers are, separated by commas: what `connect` takes."""
         return ",".join(self._connection.addresses)
 
+    def share(self) -> str:
+        """The address for other processes of this machine, which a private server then expects as further ranks."""
+        self._connection.is_shared = True
+        return self.address
+
     def create_experiment(
         self,
         name: str,
@@ -347,8 +352,11 @@ class Experiment:
             if straggler_timeout_s is not None:
                 check_seconds("straggler_timeout_s", straggler_timeout_s)
             start = None if position is None else _checked_position(position)
-        if self._connection.server is not None and world_size != 1:
-            _log.warning("a private server is out of reach for other processes: is every rank in this one?")
+        if self._connection.server is not None and not self._connection.is_shared and world_size != 1:
+            _log.warning(
+                "only this process knows of its private server: is every rank in it? Others connect to client.share(); "
+                "evosample.torch.connect() sees to that"
+            )
         request = pb.JoinRunRequest(
             ref=self.ref,
             run_id=run_id,

@@ -49,6 +49,9 @@ class Connection:
         connect_timeout_s: how long the first call tries to reach a server.
         outage_timeout_s: how long later calls try, after a server has once answered.
         server: the private server at the only address.
+
+    Attributes:
+        is_shared: other processes were told of the private server.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Connection:
     ) -> None:
         self.addresses = addresses
         self.server = server
+        self.is_shared = False
         self.outage_timeout_s = outage_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._current = random.randrange(len(addresses))  # noqa: S311  # for balance

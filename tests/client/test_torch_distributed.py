@@ -173,6 +173,19 @@ def test_a_rank_that_dies_is_reported_to_the_others_within_the_straggler_timeout
         assert f"epoch {epoch} has ended without the ranks [1]" in ranks.log(0)
 
 
+def test_a_sharded_model_learns_as_an_unsharded_one(start: Callable[..., Ranks]) -> None:
+    """FSDP2, in micro-batches: its parameters are gathered in every scoring pass, gradients scattered once a step."""
+    sharded, plain = (
+        start(which, 2, "--micro-batch-size=4", *options) for which, *options in (("fsdp", "--fsdp"), ("ddp",))
+    )
+    for ranks in (sharded, plain):
+        ranks.finish()
+    assert global_steps(sharded, 2) == global_steps(plain, 2)
+    for key, value in sharded.parameters(0).items():
+        if "running" not in key:
+            np.testing.assert_allclose(value, plain.parameters(0)[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
 def test_processes_that_share_their_data_train_on_the_same_rows_and_count_once(
     client: evosample.Client, name: str, start: Callable[..., Ranks]
 ) -> None:
@@ -186,6 +199,16 @@ def test_processes_that_share_their_data_train_on_the_same_rows_and_count_once(
     np.testing.assert_array_equal(
         client.get_experiment(f"{name}-job").export_scores().scores, twin.export_scores().scores
     )
+
+
+def test_without_an_address_all_processes_share_a_private_server(
+    client: evosample.Client, name: str, start: Callable[..., Ranks]
+) -> None:
+    ranks = start("job", 2, "--create", json.dumps(SETTINGS))
+    ranks.finish()
+    assert client.get_experiment(f"{name}-job").status().generation == 0  # it was not this server's
+    assert global_steps(ranks, 2) == planned(client.create_experiment(f"{name}-twin", **SETTINGS))
+    assert not ranks.log(0)
 
 
 def test_one_of_rank_and_size_alone_is_refused(client: evosample.Client, name: str) -> None:

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import distributed
 
+from evosample import client as core
 from evosample.errors import InvalidArgumentError
+
+
+def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.Client:
+    """`evosample.connect` for all processes of a job: without an address, process 0 starts a private server for all.
+
+    Call it on all processes, after torch.distributed is initialised. A private server is reached from its own machine
+    only, and ends with process 0: let that be the last to end (`torch.distributed.barrier()`). For a job on several
+    machines start an `evosample-server`.
+
+    Args:
+        address, **options: as `evosample.connect` takes them.
+    """
+    if address is not None or _num_processes() == 1:
+        return core.connect(address, **options)
+    client = core.connect(**options) if distributed.get_rank() == 0 else None
+    shared = _broadcast("" if client is None else client.share())
+    if client is None:
+        options.pop("data_dir", None)  # of the server, which process 0 has started
+        client = core.connect(shared, **options)
+    return client
 
 
 class Job:
