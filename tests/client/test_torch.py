@@ -5,7 +5,7 @@ import itertools
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -477,6 +477,19 @@ def test_scoring_leaves_buffers_alone_that_the_model_replaces(client: evosample.
 
     job = Job(client.create_experiment(name, **SETTINGS), make_model=model)
     job.train()
+    assert_trained_as_without_scoring(job, model)
+
+
+def test_a_compiled_model_is_left_alone_by_scoring_as_well(client: evosample.Client, name: str) -> None:
+    """It is compiled for batches of two sizes, and scored under autocast."""
+
+    def model() -> torch.nn.Module:
+        torch.compiler.reset()
+        return cast(torch.nn.Module, torch.compile(Net(), backend="aot_eager"))
+
+    job = Job(client.create_experiment(name, **SETTINGS), make_model=model, score=in_bfloat16)
+    job.train()
+    assert len(job.scored) == 2 * STEPS
     assert_trained_as_without_scoring(job, model)
 
 
