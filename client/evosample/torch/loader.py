@@ -400,12 +400,12 @@ class Loader:
             raise self._losses_missing()
         self._stopwatch.end_step()
         batch = meta_batch.planned
-        if not batch.selects and self._wants_costs(meta_batch):
-            self._measure_scoring(meta_batch)
+        if self._predicts_saving and not batch.selects and self._costs.want_more and self.figures.num_steps:
+            self._measure_scoring(meta_batch)  # not in the first step, which is slower
         self._stopwatch.begin_step()
         if batch.selects:
             began_s = time.perf_counter()
-            chosen = batch.select(meta_batch.all_losses(self._scored(meta_batch, meta_batch.num_rows)))
+            chosen = batch.select(meta_batch.all_losses(self._scored(meta_batch, len(batch.sample_ids))))
             self.figures.scoring_s += time.perf_counter() - began_s
         else:
             chosen = batch.all()
@@ -424,17 +424,12 @@ class Loader:
             first = stop
             yield self._rows(meta_batch, positions)
 
-    def _wants_costs(self, meta_batch: MetaBatch) -> bool:
-        """Whether a step that trains on everything is to tell what scoring takes: not the first, which is slower."""
-        is_whole = meta_batch.num_rows == len(meta_batch.planned.sample_ids)
-        return self._predicts_saving and is_whole and self._costs.want_more and bool(self.figures.num_steps)
-
     def _measure_scoring(self, meta_batch: MetaBatch) -> None:
         """Time scoring passes over all samples of a step, and over as many as a step that selects trains on."""
         spec = self.experiment.spec
-        num_rows = meta_batch.num_rows
-        num_trained = num_rows * spec.mini_batch_size // spec.meta_batch_size
-        self._costs.score_meta_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_rows)))
+        num_scored = len(meta_batch.planned.sample_ids)
+        num_trained = num_scored * spec.mini_batch_size // spec.meta_batch_size
+        self._costs.score_meta_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_scored)))
         self._costs.score_mini_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_trained)))
 
     def _rows(self, meta_batch: MetaBatch, positions: NDArray[np.int64]) -> Any:
@@ -444,12 +439,11 @@ class Loader:
         rows = torch.from_numpy(positions)
         return self._take(meta_batch.data, rows) if self._take else take_rows(meta_batch.data, rows, num_rows)
 
-    def _scored(self, meta_batch: MetaBatch, num_rows: int) -> torch.Tensor:
-        """The losses of a meta-batch's first samples, [num_rows]."""
+    def _scored(self, meta_batch: MetaBatch, num_planned: int) -> torch.Tensor:
+        """The losses of a meta-batch's first `num_planned` samples, or as many as were loaded."""
         assert self._score is not None
-        batch = meta_batch.planned
-        num_planned = len(batch.sample_ids) if num_rows == meta_batch.num_rows else num_rows
-        parts = _parts(np.arange(num_rows), num_planned, self._scoring_micro_batch_size, batch)
+        rows = np.arange(min(num_planned, meta_batch.num_rows))
+        parts = _parts(rows, num_planned, self._scoring_micro_batch_size, meta_batch.planned)
         with torch.no_grad(), _undisturbed(self._model):
             losses = [_checked(self._score(self._rows(meta_batch, positions)), len(positions)) for positions in parts]
         return torch.cat(losses)
