@@ -493,6 +493,21 @@ def test_prefetching_deletes_nothing_that_is_still_needed(remote: Shards, http: 
     wait_until(lambda: there() == {1, 2, 3}, "the fourth shard in the place of the first")
 
 
+def test_workers_read_while_shards_are_prefetched(
+    remote: Shards, http: ShardServer, urls: list[str], tmp_path: Path
+) -> None:
+    dataset = cached(remote, tmp_path, len(remote.urls))
+    http.failure_rate = 0.2
+    dataset.prefetch(np.arange(N))
+    loader = DataLoader(dataset, batch_size=10, num_workers=3, collate_fn=list)
+    assert contents(list(itertools.chain(*loader))) == contents(plain(urls))
+
+
+def test_samples_may_be_arrays(urls: list[str]) -> None:
+    dataset = Dataset(Shards(urls), on_error="skip").decode("l8").map(lambda sample: sample["png"])
+    assert [image.shape for image in dataset.__getitems__([0, 1])] == [(28, 28)] * 2
+
+
 def test_other_ways_of_reading_take_no_notice_of_prefetching(urls: list[str], remote: Shards) -> None:
     for dataset in (Dataset(Shards(urls)), Dataset(remote)):
         assert dataset.prefetch_samples == 0

@@ -47,7 +47,7 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         shards: which, with their indexes.
         read: how shards that aren't local files are read: by "ranges", an HTTP request for each sample of a batch; or
             through a "cache" of whole shards on disk, as pipes and whatever else is not HTTP must be.
-        cache_dir: where that keeps them; any number of processes of the machine may share it.
+        cache_dir: where that keeps them; all processes of a user on the machine may share it.
         cache_bytes: what it may take of the disk. It should hold two of the blocks of shards that epochs are shuffled
             in (`shuffle_block_samples`), or shards are downloaded more than once an epoch.
         max_gap_bytes: samples of a batch at most so far apart in their shard are one request.
@@ -160,7 +160,7 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
                     samples[position] = _as_dict(blobs[row], origin)
         if self._filters:
             samples = self._filtered(samples, sample_ids)
-        self.num_skipped += samples.count(None)
+        self.num_skipped += sum(sample is None for sample in samples)
         return samples
 
     def prefetch(self, sample_ids: NDArray[np.int64]) -> None:

@@ -327,7 +327,7 @@ def _scanned(url: str) -> NDArray[Any]:
     try:
         stream = gopen(url)
     except OSError as error:
-        raise DataLossError(f"{url} can't be read: {error.strerror}") from error
+        raise DataLossError(f"{url} can't be read: {error}") from error
     except ValueError as error:  # a scheme that it doesn't know
         raise InvalidArgumentError(f"{url} can't be opened: {error}", field="urls") from error
     try:

@@ -27,7 +27,7 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
 def members_of(sample: bytes) -> list[tuple[str, bytes]]:
     """Names and contents of the regular members in a sample's range, whose crc32 was found right.
 
-    tarfile has read the same bytes when the index was made. Here it takes ten times as long as decoding a small image,
+    tarfile has read the same bytes when the index was made. Here it would take twice as long as decoding a small image,
     so the usual headers are read directly, and it sees only what is unusual.
     """
     members = []
