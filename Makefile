@@ -3,10 +3,10 @@ BIN := .venv/bin
 GENERATED := client/evosample/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz bench-recovery docker-test check format generate clean
+.PHONY: help demo test soak fuzz bench-recovery bench-webdataset docker-test check format generate clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
@@ -33,6 +33,9 @@ fuzz: .venv/installed ## Send a server 200,000 malformed requests.
 
 bench-recovery: .venv/installed ## Measure how soon a killed server answers again, at a million samples.
 	$(BIN)/python benchmarks/recovery.py
+
+bench-webdataset: .venv/installed .venv/mnist ## Measure reading of WebDataset shards against plain webdataset.
+	$(BIN)/python benchmarks/shards.py
 
 docker-test: .venv/installed ## Build and run docker/ for real, and check that scores outlive its containers.
 	docker/test.sh

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import evosample
-from evosample import errors, rpc, sampling
+from evosample import errors, rpc, sampling, webdataset
 from evosample.v1 import selection_pb2, selection_pb2_grpc
 from evosample_server import service, status
 
@@ -47,6 +47,12 @@ FLOORS = {
         "evosample.sampling",
         "evosample.torch",
         "evosample.wire",
+    ],
+    "client/evosample/webdataset": [
+        "evosample.epoch",
+        "evosample.errors",
+        "evosample.sampling",
+        "evosample.webdataset",
     ],
     "server/evosample_server/keys.py": SERVER_MAY_USE,
     "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys"],
@@ -102,7 +108,7 @@ def test_importing_the_client_imports_little() -> None:
     assert not {"torch", "redis", "typer", "rich", "pydantic", "evosample_server"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", [evosample, sampling])
+@pytest.mark.parametrize("module", [evosample, sampling, webdataset])
 def test_all_is_exact(module: object) -> None:
     public = {
         name

@@ -9,13 +9,14 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from evosample import Client, EvosampleError, ExperimentStatus, connect
 from evosample.wire import DEFAULT_PROJECT
 
 _app = typer.Typer(
-    help="Look at the experiments of a selection server (start one with `evosample-server`).",
+    help="Look at the experiments of a selection server (start one with `evosample-server`), and index datasets.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -170,3 +171,52 @@ def delete(
             typer.confirm(f"Delete experiment {project}/{name} with all its scores?", abort=True)
         client.delete_experiment(name, project=project)
     typer.echo(f"deleted {project}/{name}")
+
+
+@_app.command()
+def index(
+    shards: Annotated[
+        list[str],
+        typer.Argument(
+            help="Tar files as webdataset takes them: paths, http(s):// or pipe: URLs, 'train-{000..029}.tar'."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the indexes go. Default: beside the shards; remote ones need it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Index shards again whose index is there and fits.")] = False,
+) -> None:
+    """Note where each sample of WebDataset shards lies, so that evosample.webdataset can read it by its id.
+
+    Every shard is read once, and gets an index of about 40 bytes a sample, SHARD.idx.npy. Shards whose index is up to
+    date are left alone, so the command can be repeated after one was added; several may run at once on different
+    shards. The shards themselves stay as they are.
+
+    Examples:
+
+        evosample index 'data/train-{000..029}.tar'
+
+        evosample index 'https://host/train-{000..029}.tar' --output indexes
+
+        evosample index 'pipe:aws s3 cp s3://bucket/train-000.tar -' --output indexes
+    """
+    try:
+        from webdataset.shardlists import expand_urls  # not everyone has these, and they take seconds
+
+        from evosample.webdataset import IndexedShard, index_shards
+    except ModuleNotFoundError as error:
+        raise EvosampleError(f"{error}: install it with pip install 'evosample[webdataset]'") from error
+
+    urls = [url for pattern in shards for url in expand_urls(pattern)]
+    with Progress(*Progress.get_default_columns(), "{task.completed} of {task.total} shards") as progress:
+        task = progress.add_task("indexing", total=len(urls))
+
+        def show(shard: IndexedShard) -> None:
+            if shard.outcome == "mended":
+                progress.console.print(f"the index {shard.path} was damaged; it is made anew", highlight=False)
+            progress.advance(task)
+
+        indexed = index_shards(urls, output, force=force, on_shard=show)
+    num_kept = sum(shard.outcome == "kept" for shard in indexed)
+    num_samples = sum(shard.num_samples for shard in indexed)
+    typer.echo(f"{num_samples:,} samples in {len(indexed):,} shards; {num_kept:,} indexes were up to date")

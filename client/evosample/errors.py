@@ -10,7 +10,7 @@ EvosampleError
 |   `-- StoreBehindError                     the store has lost what it had acknowledged: join again, send again
 |-- SupersededError                          a newer run, or a newer process of this rank, has taken over
 |-- ResourceExhaustedError                   over a bound: which, and how to raise it
-|-- DataLossError                            the store has lost or damaged data
+|-- DataLossError                            the store, or a shard, has lost or damaged data
 |-- UnavailableError (also ConnectionError)  no server, or its store is away; safe to retry
 |-- WaitTimeoutError (also TimeoutError)     waited as long as allowed: for whom
 |-- UnimplementedError                       this server does not have that
@@ -104,7 +104,7 @@ class ResourceExhaustedError(EvosampleError):
 
 
 class DataLossError(EvosampleError):
-    """The store no longer has what was committed to it."""
+    """The store no longer has what was committed to it, or a shard not what its index says."""
 
     code: ClassVar[str] = "DATA_LOSS"
     reason: ClassVar[str] = "DATA_LOSS"
