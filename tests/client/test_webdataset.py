@@ -340,6 +340,7 @@ def test_what_a_server_refuses_is_told(read: Any, remote: Shards, http: ShardSer
     http.status = 404
     with pytest.raises(evosample.DataLossError, match="gone"):
         dataset[0]
+    assert len(http.requests) == 2  # to ask again is no use
 
 
 def test_a_server_without_ranges_is_told(remote: Shards, http: ShardServer) -> None:

@@ -126,7 +126,7 @@ class ShardCache:
             files = self._files()
             excess = sum(stat.st_size for stat in files.values()) + num_bytes - self._max_bytes
             evicted = []
-            for path in sorted(files, key=lambda path: files[path].st_atime_ns):
+            for path in sorted(files, key=lambda path: files[path].st_mtime_ns):
                 if excess > 0 and path.suffix == _SHARD and path not in spared:
                     evicted.append(path)
                     excess -= files[path].st_size
@@ -156,7 +156,7 @@ def _lock(path: Path, *, timeout_s: float = -1) -> FileLock:
 
 
 def _open_used(path: Path) -> int | None:
-    """Open a file, and note that it was used; None if it isn't there."""
+    """Open a file, and note in its time that it was used; None if it isn't there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
