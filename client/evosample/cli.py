@@ -188,9 +188,10 @@ def index(
 ) -> None:
     """Note where each sample of WebDataset shards lies, so that evosample.webdataset can read it by its id.
 
-    Every shard is read once, and gets an index of about 40 bytes a sample, SHARD.idx.npy. Shards whose index is up to
-    date are left alone, so the command can be repeated after one was added; several may run at once on different
-    shards. The shards themselves stay as they are.
+    Every shard is read once and gets an index, SHARD.idx.npy, of 20 bytes
+    and a key for each sample. The shards stay as they are. What is up to
+    date is left alone, so repeat the command when shards were added; several
+    may run at once on different shards.
 
     Examples:
 
@@ -198,7 +199,7 @@ def index(
 
         evosample index 'https://host/train-{000..029}.tar' --output indexes
 
-        evosample index 'pipe:aws s3 cp s3://bucket/train-000.tar -' --output indexes
+        evosample index 'pipe:aws s3 cp s3://bucket/000.tar -' --output indexes
     """
     try:
         from webdataset.shardlists import expand_urls  # not everyone has these, and they take seconds

@@ -246,35 +246,59 @@ def test_pickling_keeps_no_file(urls: list[str]) -> None:
     assert len(pickle.dumps(dataset)) < 5_000
 
 
+class Job:
+    """A small training job on shards, shuffled one shard at a time."""
+
+    def __init__(
+        self, client: evosample.Client, name: str, dataset: Dataset, *, num_epochs: int, **options: Any
+    ) -> None:
+        self.experiment = client.create_experiment(
+            name,
+            num_samples=len(dataset),
+            num_epochs=num_epochs,
+            meta_batch_size=30,
+            mini_batch_size=10,
+            policy=evosample.EvolvedSampling(prune_ratio=0.3),
+            shard_sizes=dataset.shards.shard_sizes,
+            shuffle_block_samples=SHARD,
+        )
+        self.model = torch.nn.Linear(28 * 28, 10)
+        decoded = dataset.decode("torchl8").to_tuple("__url__", "png", "cls")
+        self.loader = evosample.torch.Loader(decoded, self.experiment, model=self.model, score=self.losses, **options)
+
+    def losses(self, batch: Any) -> torch.Tensor:
+        images = batch[1].flatten(1) / 255
+        return torch.nn.functional.cross_entropy(self.model(images), batch[2], reduction="none")
+
+    def train(self) -> list[set[str]]:
+        """Go through all epochs; the shards of each batch."""
+        shards = []
+        for _ in range(self.experiment.spec.num_epochs):
+            for batch in self.loader:
+                shards.append(set(batch[0]))
+                self.loader.mean(self.losses(batch))
+        return shards
+
+
 def test_a_training_job_reads_nearly_one_shard_after_the_other(
     urls: list[str], client: evosample.Client, name: str
 ) -> None:
-    shards = Shards(urls)
-    experiment = client.create_experiment(
-        name,
-        num_samples=len(shards),
-        num_epochs=3,
-        meta_batch_size=30,
-        mini_batch_size=10,
-        policy=evosample.EvolvedSampling(prune_ratio=0.3),
-        shard_sizes=shards.shard_sizes,
-        shuffle_block_samples=SHARD,
-    )
-    dataset = Dataset(shards).decode("torchl8").to_tuple("__url__", "png", "cls")
-    model = torch.nn.Linear(28 * 28, 10)
-
-    def losses(batch: Any) -> torch.Tensor:
-        images = batch[1].flatten(1) / 255
-        return torch.nn.functional.cross_entropy(model(images), batch[2], reduction="none")
-
-    loader = evosample.torch.Loader(dataset, experiment, model=model, score=losses)
-    for _ in range(3):
-        for batch in loader:
-            assert len(set(batch[0])) <= 3  # blocks of one shard
-            loader.mean(losses(batch))
-    visits = experiment.export_scores().num_visits
+    job = Job(client, name, Dataset(Shards(urls)), num_epochs=3)
+    assert max(map(len, job.train())) <= 3
+    visits = job.experiment.export_scores().num_visits
     assert visits.sum() == 2 * N + 7 * 30  # the first epoch and the last anneal
     assert visits.min() >= 2
+
+
+def test_a_training_job_goes_on_without_damaged_samples(
+    own_urls: list[str], client: evosample.Client, name: str
+) -> None:
+    corrupt(Path(own_urls[0]))
+    dataset = Dataset(Shards(own_urls), on_error="skip")
+    num_lost = sum(sample is None for sample in dataset.__getitems__(list(range(2 * SHARD))))
+    job = Job(client, name, dataset, num_epochs=3)
+    job.train()
+    assert (job.experiment.export_scores().num_visits == 0).sum() == num_lost
 
 
 # HTTP
@@ -340,6 +364,7 @@ def test_what_a_server_refuses_is_told(read: Any, remote: Shards, http: ShardSer
     http.status = 404
     with pytest.raises(evosample.DataLossError, match="gone"):
         dataset[0]
+    assert len(http.requests) == 2  # to ask again is no use
 
 
 def test_a_server_without_ranges_is_told(remote: Shards, http: ShardServer) -> None:
@@ -489,7 +514,8 @@ def test_prefetching_deletes_nothing_that_is_still_needed(remote: Shards, http: 
     wait_until(lambda: there() == {0, 1, 2}, "the first three shards")
     time.sleep(0.3)
     assert there() == {0, 1, 2}
-    dataset.prefetch(whole[3][5:])  # 20 + 20 + 20 + 50: those of shard 0 lie more than a window behind
+    dataset.prefetch(whole[3][5:])
+    dataset.prefetch(whole[3])  # 20 + 20 + 50 + 50: those of shard 0 lie more than a window and a quarter behind
     wait_until(lambda: there() == {1, 2, 3}, "the fourth shard in the place of the first")
 
 
@@ -512,6 +538,15 @@ def test_other_ways_of_reading_take_no_notice_of_prefetching(urls: list[str], re
     for dataset in (Dataset(Shards(urls)), Dataset(remote)):
         assert dataset.prefetch_samples == 0
         dataset.prefetch(np.arange(10))
+
+
+def test_a_training_job_through_a_small_cache_downloads_a_shard_about_once_an_epoch(
+    remote: Shards, http: ShardServer, client: evosample.Client, name: str, tmp_path: Path
+) -> None:
+    job = Job(client, name, cached(remote, tmp_path, 4), num_epochs=3, num_workers=1)
+    job.train()
+    assert len(http.requests) <= 3 * len(remote.urls)
+    assert job.experiment.export_scores().num_visits.min() >= 2
 
 
 def test_a_failed_prefetch_leaves_it_to_the_reader(
@@ -665,7 +700,7 @@ def test_the_command_indexes_what_is_not_up_to_date(own_urls: list[str], tmp_pat
     assert "0 indexes were up to date" in run(pattern, "--force")
     write_tar(Path(own_urls[1]), ["new.txt"])
     assert "51 samples in 2 shards; 1 indexes" in run(pattern)
-    first.write_bytes(expected[:-1] + b"?")
+    first.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
     output = run(pattern)
     assert "was damaged; it is made anew" in " ".join(output.split())
     assert first.read_bytes() == expected

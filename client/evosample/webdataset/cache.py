@@ -126,7 +126,7 @@ class ShardCache:
             files = self._files()
             excess = sum(stat.st_size for stat in files.values()) + num_bytes - self._max_bytes
             evicted = []
-            for path in sorted(files, key=lambda path: files[path].st_atime_ns):
+            for path in sorted(files, key=lambda path: files[path].st_mtime_ns):
                 if excess > 0 and path.suffix == _SHARD and path not in spared:
                     evicted.append(path)
                     excess -= files[path].st_size
@@ -156,7 +156,7 @@ def _lock(path: Path, *, timeout_s: float = -1) -> FileLock:
 
 
 def _open_used(path: Path) -> int | None:
-    """Open a file, and note that it was used; None if it isn't there."""
+    """Open a file, and note in its time that it was used; None if it isn't there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -168,13 +168,14 @@ def _open_used(path: Path) -> int | None:
 class Prefetch:
     """Downloads shards in the background, in the order in which their samples will be needed.
 
-    Samples count as needed until `window` further ones were announced; their shards are deleted for no other.
+    The shards of samples that were announced are deleted for no others until a quarter more than `window` further
+    samples were announced: workers are still to load some of what has left the window.
     """
 
     def __init__(self, cache: ShardCache, shards: Shards, window: int) -> None:
         self._cache = cache
         self._shards = shards
-        self._window = window
+        self._num_spared = window + window // 4
         self._announced: queue.SimpleQueue[NDArray[np.int64] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="evosample-prefetch", daemon=True)
         self._thread.start()
@@ -189,7 +190,7 @@ class Prefetch:
 
     def _run(self) -> None:
         num_announced = 0
-        needed_until = np.full(len(self._shards.urls), -self._window)
+        needed_until = np.full(len(self._shards.urls), -1)
         to_fetch: dict[int, None] = {}  # in this order
         has_room = True
         while True:
@@ -201,7 +202,7 @@ class Prefetch:
             if sample_ids is None:
                 return
             shards = self._shards.shards_of(sample_ids)
-            needed_until[shards] = num_announced + np.arange(len(shards)) + self._window
+            needed_until[shards] = num_announced + np.arange(len(shards)) + self._num_spared
             num_announced += len(shards)
             to_fetch |= dict.fromkeys(shard for shard in shards.tolist() if not is_local(self._shards.urls[shard]))
             if not to_fetch:
