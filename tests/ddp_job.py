@@ -51,6 +51,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--create", help="settings of the experiment, as JSON")
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--own-servers", action="store_true", help="the mistake of a private server each")
+    parser.add_argument("--break-every", type=int, default=0, help="leave the epoch after so many steps, and go on")
     parser.add_argument("--data-parallel-size", type=int, help="processes R and R + this share their data")
     parser.add_argument("--alone", action="store_true", help="without collectives: the ranks don't notice each other")
     parser.add_argument("--straggler-timeout-s", type=float)
@@ -79,7 +81,7 @@ def main(job: argparse.Namespace) -> None:
     if state:
         optimizer.load_state_dict(state["optimizer"])
     if job.create:  # on a private server of the job's own
-        client = evosample.torch.connect()
+        client = evosample.connect() if job.own_servers else evosample.torch.connect()
         experiment = client.create_experiment(job.experiment, **json.loads(job.create))
     else:
         experiment = evosample.torch.connect(job.address).get_experiment(job.experiment)
@@ -107,6 +109,13 @@ def main(job: argparse.Namespace) -> None:
     if state:
         loader.load_state_dict(state["loader"])
     num_syncs = 0
+    buffers: list[float] = []
+    batch_norm = model.get_submodule("layers.1")
+    batch_norm.register_forward_pre_hook(
+        lambda *_: (
+            buffers.append(float(batch_norm.get_buffer("running_mean").sum())) if torch.is_grad_enabled() else None
+        )
+    )
 
     def count_sync(hook_state: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
         nonlocal num_syncs
@@ -121,6 +130,7 @@ def main(job: argparse.Namespace) -> None:
             for meta_batch in loader.meta_batches():
                 trained: list[int] = []
                 num_syncs = 0
+                buffers.clear()
                 for ids in loader.micro_batches(meta_batch):
                     trained += ids.tolist()
                     with loader.accumulate():
@@ -133,10 +143,13 @@ def main(job: argparse.Namespace) -> None:
                     "ids": meta_batch.planned.sample_ids.tolist(),
                     "trained": trained,
                     "num_syncs": num_syncs,
+                    "buffer": buffers[0],
                 }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 num_steps += 1
+                if job.break_every and num_steps % job.break_every == 0:
+                    break
                 if num_steps == job.pause_after:
                     print("paused", flush=True)
                     sys.stdin.read()

@@ -951,7 +951,7 @@ class Stream(IterableDataset[int]):
         ({"dataset": Ids(N - 1)}, "dataset", r"dataset has 95 samples, experiment 'experiment-\d+' was created for 96"),
         ({"dataset": Stream()}, "dataset", "dataset=Stream: expected a map-style dataset"),
         ({"num_workers": 1, "in_order": False}, "in_order", "in_order=False"),
-        ({"micro_batch_size": 0}, "micro_batch_size", "micro_batch_size=0: expected at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size", "micro_batch_size=0: expected an integer from 1"),
     ],
 )
 def test_what_does_not_fit_the_experiment_is_told_at_once(

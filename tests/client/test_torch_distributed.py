@@ -126,6 +126,41 @@ def test_the_parts_of_the_ranks_are_the_global_batch_and_their_scores_those_of_o
                 np.testing.assert_array_equal(value, ranks.parameters(0)[key], err_msg=key)
         # Gradients went out once a step, whatever the number of micro-batches.
         assert set(ranks.steps(rank, "num_syncs").values()) == {1}
+        # Every step began with process 0's buffers, as without scoring.
+        assert ranks.steps(rank, "buffer") == ranks.steps(0, "buffer")
+
+
+def test_ranks_that_leave_an_epoch_together_go_on_in_it_together(
+    client: evosample.Client, name: str, start: Callable[..., Ranks]
+) -> None:
+    ranks = start("job", 2, "--break-every=7")
+    ranks.finish()
+    twin = client.create_experiment(f"{name}-twin", **SETTINGS)
+    assert global_steps(ranks, 2) == planned(twin)
+    status = client.get_experiment(f"{name}-job").status()
+    assert status.generation > 4
+    assert status.unreported_rows == 0
+    np.testing.assert_array_equal(
+        client.get_experiment(f"{name}-job").export_scores().scores, twin.export_scores().scores
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--create", json.dumps(SETTINGS), "--own-servers"], "Use evosample.torch.connect()"),
+        (
+            ["--data-parallel-size=4"],
+            "torch.distributed has 2 processes, which do not divide into so many equal groups",
+        ),
+    ],
+)
+def test_what_would_have_ranks_wait_for_each_other_in_vain_is_told_at_once(
+    start: Callable[..., Ranks], options: list[str], said: str
+) -> None:
+    ranks = start("job", 2, *options)
+    assert ranks.processes[1].wait(60) != 0
+    assert said in ranks.log(1)
 
 
 @pytest.mark.parametrize("world_size_after", [2, 1, 4])
@@ -216,3 +251,20 @@ def test_one_of_rank_and_size_alone_is_refused(client: evosample.Client, name: s
     with pytest.raises(evosample.InvalidArgumentError, match="pass both, or neither") as told:
         Loader(Ids(N), experiment, model=torch.nn.Linear(1, 1), score=lambda ids: ids, data_parallel_rank=1)
     assert told.value.field == "data_parallel_rank"
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "said"),
+    [
+        ({"data_parallel_rank": 2, "data_parallel_size": 2}, "data_parallel_rank", "expected an integer from 0 to 1"),
+        ({"data_parallel_rank": 0, "data_parallel_size": 5}, "world_size", "expected"),
+        ({"run_options": {"rank": 1}}, "run_options", "pass data_parallel_rank"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_before_anyone_waits(
+    client: evosample.Client, name: str, options: dict[str, Any], field: str, said: str
+) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    with pytest.raises(evosample.InvalidArgumentError, match=said) as told:
+        Loader(Ids(N), experiment, model=torch.nn.Linear(1, 1), score=lambda ids: ids, **options)
+    assert told.value.field == field

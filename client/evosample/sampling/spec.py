@@ -199,6 +199,11 @@ class ExperimentSpec:
         """Steps of the whole run."""
         return self.num_steps_before(self.num_epochs)
 
+    @property
+    def selects(self) -> bool:
+        """Whether there are epochs whose steps draw their mini-batch from the losses of a scoring pass."""
+        return self.policy.scores_meta_batch and self.mini_batch_size < self.meta_batch_size
+
     def check_world_size(self, world_size: int) -> int:
         """`world_size` as an int; raises InvalidValue unless every rank gets an equal share of B and of b."""
         world_size = check_int("world_size", world_size, 1, self.meta_batch_size)

@@ -13,7 +13,7 @@ for epoch in range(num_epochs):
 from evosample.torch.columns import take_rows
 from evosample.torch.distributed import connect
 from evosample.torch.figures import EpochFigures
-from evosample.torch.loader import Loader, MetaBatch
+from evosample.torch.loader import Loader, MetaBatch, Prefetching
 from evosample.torch.losses import language_model_losses
 
-__all__ = ["EpochFigures", "Loader", "MetaBatch", "connect", "language_model_losses", "take_rows"]
+__all__ = ["EpochFigures", "Loader", "MetaBatch", "Prefetching", "connect", "language_model_losses", "take_rows"]

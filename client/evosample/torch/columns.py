@@ -71,13 +71,18 @@ def _children(batch: Any) -> Iterable[Any]:
     return ()
 
 
-def moved(batch: Any, device: torch.device | str) -> Any:
+def with_own_containers(batch: Any) -> Any:
+    """A collated batch whose mappings, lists and other containers may be changed; what they hold is the same."""
+    return _with_children(batch, with_own_containers)
+
+
+def moved(batch: Any, device: torch.device, non_blocking: bool = True) -> Any:
     """A collated batch on another device, whatever its nesting; what can move itself does so."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=non_blocking and device.type != "cpu")
     if hasattr(batch, "to"):
         return batch.to(device)
-    return _with_children(batch, lambda child: moved(child, device))
+    return _with_children(batch, lambda child: moved(child, device, non_blocking))
 
 
 def _with_children(batch: Any, function: Callable[[Any], Any]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from evosample import client as core
-from evosample.errors import InvalidArgumentError
+from evosample.errors import EvosampleError, InvalidArgumentError, UnavailableError
 
 
 def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.Client:
@@ -24,10 +24,19 @@ def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.
     Args:
         address, **options: as `evosample.connect` takes them.
     """
-    if address is not None or _num_processes() == 1:
+    if address is not None or count_processes() == 1:
         return core.connect(address, **options)
-    client = core.connect(**options) if distributed.get_rank() == 0 else None
-    shared = _broadcast("" if client is None else client.share())
+    client = error = None
+    if distributed.get_rank() == 0:
+        try:
+            client = core.connect(**options)
+        except EvosampleError as failed:  # told to the others too, who would wait for ever
+            error = failed
+    shared, failure = _broadcast([None if client is None else client.share(), None if error is None else str(error)])
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise UnavailableError(f"process 0 could not start the job's private server: {failure}")
     if client is None:
         options.pop("data_dir", None)  # of the server, which process 0 has started
         client = core.connect(shared, **options)
@@ -54,18 +63,37 @@ class Job:
         self._run_id = run_id
         self._num_runs = 0
 
-    def next_run(self) -> dict[str, Any]:
+    def next_run(self, uid: str) -> dict[str, Any]:
         """What `Experiment.epochs` takes to join this job's next run. Called by all processes of the job.
+
+        Args:
+            uid: of the experiment.
 
         The first run begins with one broadcast. Each later one (after a `break`, or going on from a saved position)
         begins with a barrier: until all have left the run before, its losses are still on their way.
+
+        Raises:
+            InvalidArgumentError: the processes don't divide into `size` equal groups, or are on different servers.
         """
-        num_processes = _num_processes()
+        num_processes = count_processes()
         if num_processes > 1 and self._num_runs:
             distributed.barrier()
         rank, size = self._rank_and_size or (distributed.get_rank() if num_processes > 1 else 0, num_processes)
+        if num_processes > 1 and num_processes % size:
+            raise InvalidArgumentError(
+                f"data_parallel_size={size}: torch.distributed has {num_processes} processes, which do not divide into "
+                "so many equal groups",
+                field="data_parallel_size",
+            )
         if self._run_id is None and num_processes > 1:
-            self._run_id = _broadcast(uuid.uuid4().hex)
+            self._run_id, first_uid = _broadcast([uuid.uuid4().hex, uid])
+            if uid != first_uid:
+                raise InvalidArgumentError(
+                    f"process {distributed.get_rank()} has another experiment (uid {uid}) than process 0 has "
+                    f"({first_uid}): is each on a private server of its own? Use evosample.torch.connect() instead of "
+                    "evosample.connect()",
+                    field="experiment",
+                )
         elif self._run_id is None and size == 1:
             self._run_id = uuid.uuid4().hex
         run_id = self._run_id
@@ -81,15 +109,16 @@ class Job:
         }
 
 
-def _num_processes() -> int:
+def count_processes() -> int:
+    """Processes of the job, as torch.distributed counts them; 1 where it is not initialised."""
     is_distributed = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if is_distributed else 1
 
 
-def _broadcast(value: str) -> str:
-    values = [value]
+def _broadcast(values: list[str | None]) -> list[Any]:
+    """Process 0's values."""
     distributed.broadcast_object_list(values)
-    return values[0]
+    return values
 
 
 @contextlib.contextmanager

@@ -48,14 +48,18 @@ class EpochFigures:
 
     @property
     def scoring_share(self) -> float:
-        """The scoring pass's share of the time of the steps."""
-        return self.scoring_s / self.seconds if self.seconds else 0.0
+        """The scoring pass's share of the time of the steps, loading not counted.
+
+        On a GPU the pass's time includes what is left of the step before: it waits for that.
+        """
+        computing_s = self.seconds - self.loading_s
+        return self.scoring_s / computing_s if computing_s > 0 else 0.0
 
     def __str__(self) -> str:
         said = [f"epoch {self.epoch}: {self.num_steps:,} steps in {self.seconds:.1f} s, waited {self.waiting_s:.1f} s"]
         if self.scoring_s:
             said.append(f"{self.scoring_share:.0%} scoring")
-        if self.loading_s:
+        if self.loading_s and self.seconds:
             said.append(f"{self.loading_s / self.seconds:.0%} waiting for data")
         if self.new_share:
             said.append(f"{self.new_share:.1%} of its samples were left out before")
@@ -138,6 +142,7 @@ class Stopwatch:
             return
         step_s = time.perf_counter() - self._step_began_s - (self.figures.loading_s - self._loading_s)
         self._step_began_s = None
+        self.figures.seconds = time.perf_counter() - self._epoch_began_s
         self._steps_s.append(step_s)
         if self._shape.trained_rows == self._spec.meta_batch_size:
             self._costs.train_meta_batch_s.append(step_s)
@@ -149,7 +154,7 @@ class Stopwatch:
             self._effective_shares.append(float(importance_weights.sum()) ** 2 / (len(importance_weights) * squares))
 
     def end_epoch(self) -> None:
-        """The last step's losses are there: work out what became of the epoch."""
+        """All losses are there: work out what became of the epoch."""
         figures, costs = self.figures, self._costs
         figures.seconds = time.perf_counter() - self._epoch_began_s
         if self._effective_shares:

@@ -8,24 +8,27 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from evosample.client import Experiment
-from evosample.epoch import Batch, Epoch
+from evosample.epoch import Batch, Epoch, as_invalid_argument
 from evosample.errors import DataLossError, InvalidArgumentError, UsageError
 from evosample.run import Run
-from evosample.torch.columns import moved, take_rows
-from evosample.torch.distributed import Job, gradient_sync
+from evosample.sampling import check_int
+from evosample.torch.columns import moved, take_rows, with_own_containers
+from evosample.torch.distributed import Job, count_processes, gradient_sync
 from evosample.torch.figures import Costs, EpochFigures, Stopwatch
 from evosample.wire import Position
 
 _log = logging.getLogger("evosample")
 
+_PLACE_OPTIONS = {"position", "process_id", "rank", "read_ahead", "run_id", "world_size"}
 _PLANNED_OPTIONS = {"batch_size", "batch_sampler", "drop_last", "generator", "in_order", "sampler", "shuffle"}
 
 
@@ -45,7 +48,7 @@ class MetaBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MetaBatch:
         """The same on another device."""
-        return MetaBatch(moved(self.data, torch.device(device)), self._batch, self._positions)
+        return MetaBatch(moved(self.data, torch.device(device), non_blocking), self._batch, self._positions)
 
     @property
     def num_rows(self) -> int:
@@ -79,7 +82,7 @@ class _Step:
 
     meta_batch: MetaBatch
     num_rows: int
-    num_micro_batches: int
+    num_due: int
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
@@ -90,6 +93,7 @@ class _MicroBatch:
     step: _Step
     num_rows: int
     importance_weights: torch.Tensor | None
+    is_filler: bool
 
 
 class Loader:
@@ -108,11 +112,13 @@ class Loader:
 
     Args:
         dataset: map-style, with `experiment.spec.num_samples` samples. None in a sample's place says that it can't be
-            loaded: the step goes on without it, and its score stays as it is.
+            loaded: the step goes on without it, and its score stays as it is. One with a method `prefetch` and a number
+            `prefetch_samples` is told which samples are to come: see `Prefetching`.
         experiment: made by a client.
         model: whose buffers the scoring pass must leave alone; wrapped (DDP, FSDP) as it is trained.
         score: takes a batch as the dataset's `collate_fn` makes it, returns its losses, [m], one a sample. It may use
-            autocast or a cheaper forward pass. Not needed where no step selects.
+            autocast or a cheaper forward pass. It may take elements out of the batch, but not change tensors in place:
+            what is trained on are rows of the same tensors. Not needed where no step selects.
         micro_batch_size: for gradient accumulation: score and yield at most so many samples at once. `ends_step` says
             when to step the optimizer. Default: a step is one batch.
         scoring_micro_batch_size: at most so many samples in a scoring pass, which needs less memory than training.
@@ -128,7 +134,8 @@ class Loader:
             parallelism): these have the same rank, and must pass the same losses.
         run_id: names this start of the job; the same on all processes, another for every start. Default: a random one,
             which process 0 broadcasts. Needed where there are several without torch.distributed.
-        run_options: what `Experiment.epochs` takes besides, such as {"on_unavailable": "uniform"}.
+        run_options: what `Experiment.epochs` takes besides, such as {"wait_timeout_s": 600}. Jobs of several processes
+            can't have "on_unavailable": "uniform": each would find out at another step that there is no server.
         **options: what `DataLoader` takes besides: collate_fn, num_workers, pin_memory, worker_init_fn ...
 
     Raises:
@@ -155,7 +162,7 @@ class Loader:
         **options: Any,
     ) -> None:
         _check_dataset(dataset, experiment)
-        if score is None and experiment.spec.policy.scores_meta_batch:
+        if score is None and experiment.spec.selects:
             raise InvalidArgumentError(
                 f"score=None: {experiment.spec.policy} selects by losses; pass a function that takes a batch and "
                 "returns the loss of each of its samples",
@@ -163,17 +170,30 @@ class Loader:
             )
         if not isinstance(model, torch.nn.Module):
             raise InvalidArgumentError(f"model={model!r}: expected a torch.nn.Module", field="model")
-        if read_ahead < 0:
-            raise InvalidArgumentError(f"read_ahead={read_ahead}: expected at least 0", field="read_ahead")
         for option in sorted(_PLANNED_OPTIONS & options.keys()):
             raise InvalidArgumentError(
                 f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
                 field=option,
             )
-        sizes = {"micro_batch_size": micro_batch_size, "scoring_micro_batch_size": scoring_micro_batch_size}
-        for field, size in sizes.items():
-            if size is not None and size < 1:
-                raise InvalidArgumentError(f"{field}={size}: expected at least 1", field=field)
+        for field, function in (("score", score), ("take", take)):
+            if function is not None and not callable(function):
+                raise InvalidArgumentError(f"{field}={function!r}: expected a function", field=field)
+        for option in sorted(_PLACE_OPTIONS & (run_options or {}).keys()):
+            raise InvalidArgumentError(
+                f"run_options has {option!r}, which the loader sets: pass data_parallel_rank, data_parallel_size, "
+                "run_id or read_ahead to the loader itself, a position to load_state_dict",
+                field="run_options",
+            )
+        with as_invalid_argument():
+            check_int("read_ahead", read_ahead, 0, 2**31)
+            sizes = {"micro_batch_size": micro_batch_size, "scoring_micro_batch_size": scoring_micro_batch_size}
+            for field, size in sizes.items():
+                if size is not None:
+                    check_int(field, size, 1, 2**31)
+            if data_parallel_size is not None:
+                check_int("data_parallel_size", data_parallel_size, 1, 2**31)
+                check_int("data_parallel_rank", data_parallel_rank, 0, data_parallel_size - 1)
+                experiment.spec.check_world_size(data_parallel_size)
         self.experiment = experiment
         self._model = model
         self._score = score
@@ -190,7 +210,7 @@ class Loader:
         self._is_exhausted = False
         self._pending: deque[_MicroBatch] = deque()
         self._ends_step = True
-        self._predicts_saving = predict_saving and score is not None
+        self._predicts_saving = predict_saving and experiment.spec.selects
         self._costs = Costs()
         self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec, self._costs)
         self._planned = _PlannedBatches(dataset)
@@ -236,7 +256,7 @@ class Loader:
         return {"experiment": experiment.name, "uid": experiment.uid, "epoch": position.epoch, "step": position.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved position. With several ranks, after a new start of the job with a new run_id."""
+        """Go on from a saved position. Call it on all ranks."""
         if not isinstance(state, Mapping) or not {"experiment", "epoch", "step"} <= state.keys():
             raise InvalidArgumentError(f"state={state!r}: expected what state_dict() gave", field="state")
         if state["experiment"] != self.experiment.name:
@@ -274,23 +294,32 @@ class Loader:
         batch = step.meta_batch.planned
         losses = _checked(losses, micro_batch.num_rows)
         ends_step = self._is_last_of_step(micro_batch)
+        reported = step.losses if micro_batch.is_filler else [*step.losses, losses.detach()]
         if not batch.selects and ends_step:
-            batch.report(step.meta_batch.all_losses(torch.cat([*step.losses, losses.detach()])))
+            batch.report(step.meta_batch.all_losses(torch.cat(reported)))
         self._ends_step = ends_step
         self._pending.popleft()
-        step.losses.append(losses.detach())
+        step.losses = reported
+        step.num_due -= 1
         if ends_step:
             self._position = Position(batch.epoch, batch.step + 1)
-            if self._epoch is not None and self._position.step == self._epoch.stop:
-                self._stopwatch.end_epoch()
-                _log.info("%s", self.figures)
+            if self._is_exhausted:  # by a trainer that takes batches ahead
+                self._end_epoch()
         if micro_batch.importance_weights is not None:
             losses = losses * micro_batch.importance_weights.to(losses.device)
+        if micro_batch.is_filler:
+            losses = losses * 0
         return losses.sum() / step.num_rows
 
     @staticmethod
     def _is_last_of_step(micro_batch: _MicroBatch) -> bool:
-        return len(micro_batch.step.losses) + 1 == micro_batch.step.num_micro_batches
+        return micro_batch.step.num_due == 1
+
+    def _end_epoch(self) -> None:
+        """Say how it went, if the losses of all its steps are there."""
+        if self._epoch is not None and self._position is not None and self._position.step >= self._epoch.stop:
+            self._stopwatch.end_epoch()
+            _log.info("%s", self.figures)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -320,7 +349,7 @@ class Loader:
         epoch = self._next_epoch()
         self._is_exhausted = False
         self._planned.begin(epoch)
-        self._generator.manual_seed((self.experiment.spec.seed + epoch.number) % 2**63)
+        self._generator.manual_seed(self._worker_seed(epoch))
         data_batches = iter(self._data_loader)
         try:
             for _ in range(epoch.first_step, epoch.num_steps):
@@ -335,6 +364,14 @@ class Loader:
             if self._data_loader.num_workers and not self._data_loader.persistent_workers:
                 data_batches._shutdown_workers()  # type: ignore[attr-defined]
         self._is_exhausted = True
+        self._stopwatch.end_step()
+        self._end_epoch()
+
+    def _worker_seed(self, epoch: Epoch) -> int:
+        """Of the workers' random numbers: another on every rank, and wherever an epoch is entered."""
+        assert self._run is not None
+        entropy = (self.experiment.spec.seed, epoch.number, epoch.first_step, self._run.rank)
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _meta_batch(self, loaded: _Loaded) -> MetaBatch:
         batch = self._planned.taken.popleft()
@@ -354,13 +391,19 @@ class Loader:
         return MetaBatch(data, batch, positions)
 
     def _next_epoch(self) -> Epoch:
-        if self._is_exhausted and self._pending:
+        if self._is_exhausted and self._epoch is not None and self.position.epoch == self._epoch.number:
             raise self._losses_missing()
         if self._epoch is not None and self.position != (self._epoch.number + 1, 0):  # it was broken off
             self._leave_run()
         began_s = time.perf_counter()
         if self._run is None:
-            options = self._job.next_run() | {"position": self._position} | self._run_options
+            if count_processes() > 1 and self._run_options.get("on_unavailable") == "uniform":
+                raise InvalidArgumentError(
+                    'on_unavailable="uniform": each process of the job would find out at another step that there is no '
+                    "server, and they would wait for each other in vain",
+                    field="run_options",
+                )
+            options = self._job.next_run(self.experiment.uid) | {"position": self._position} | self._run_options
             self._run = self.experiment.epochs(**options)
         epoch = next(self._run, None)
         if epoch is None:
@@ -374,7 +417,7 @@ class Loader:
         return epoch
 
     def _losses_missing(self) -> UsageError:
-        due = self._pending[0].step.meta_batch.planned
+        due = self.position
         return UsageError(
             f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call loader.mean(losses) for "
             "every batch. A trainer that takes several batches ahead needs read_ahead"
@@ -394,7 +437,6 @@ class Loader:
 
         Raises:
             UsageError: the losses of an earlier step were not passed to `mean`.
-            DataLossError: fewer samples could be loaded than there are micro-batches.
         """
         if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
             raise self._losses_missing()
@@ -415,12 +457,14 @@ class Loader:
         if self.experiment.spec.importance_weight != "none":
             self._stopwatch.chose(importance_weights)
             weights = torch.from_numpy(importance_weights)
-        parts = _parts(rows, len(chosen.positions), self._micro_batch_size, batch)
-        step = _Step(meta_batch, len(rows), len(parts))
+        parts = _parts(rows, len(chosen.positions), self._micro_batch_size)
+        step = _Step(meta_batch, max(len(rows), 1), len(parts))
         first = 0
         for positions in parts:
             stop = first + len(positions)
-            self._pending.append(_MicroBatch(step, len(positions), None if weights is None else weights[first:stop]))
+            is_filler = first >= len(rows)
+            part_weights = None if weights is None or is_filler else weights[first:stop]
+            self._pending.append(_MicroBatch(step, len(positions), part_weights, is_filler))
             first = stop
             yield self._rows(meta_batch, positions)
 
@@ -443,18 +487,32 @@ class Loader:
         """The losses of a meta-batch's first `num_planned` samples, or as many as were loaded."""
         assert self._score is not None
         rows = np.arange(min(num_planned, meta_batch.num_rows))
-        parts = _parts(rows, num_planned, self._scoring_micro_batch_size, meta_batch.planned)
+        losses = []
         with torch.no_grad(), _undisturbed(self._model):
-            losses = [_checked(self._score(self._rows(meta_batch, positions)), len(positions)) for positions in parts]
-        return torch.cat(losses)
+            for positions in _parts(rows, num_planned, self._scoring_micro_batch_size):
+                batch = with_own_containers(self._rows(meta_batch, positions))
+                losses.append(_checked(self._score(batch), len(positions)))
+        return torch.cat(losses)[: len(rows)]
+
+
+class Prefetching(Protocol):
+    """A dataset that is told which samples are to come, in the process of the loader.
+
+    Attributes:
+        prefetch_samples: how far ahead it wants to know.
+    """
+
+    prefetch_samples: int
+
+    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
+        """Called with sample ids, [k], in their order, as soon as they are among the next `prefetch_samples`.
+
+        It must not block. Each sample comes once an epoch, but for those of the first step, which is loaded at once.
+        """
 
 
 class _PlannedBatches:
-    """The batch sampler of the DataLoader: the sample ids of an epoch's steps, which it takes ahead of training.
-
-    A dataset with a method `prefetch` is told which samples come next: prefetch(sample_ids), int64 [k], in their order,
-    each once an epoch, as soon as they are among the next `dataset.prefetch_samples`. It must not block.
-    """
+    """The batch sampler of the DataLoader: the sample ids of an epoch's steps, which it takes ahead of training."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.taken: deque[Batch] = deque()
@@ -510,17 +568,15 @@ class _Collate:
         return _Loaded(self._collate_fn(loaded), torch.tensor(missing))
 
 
-def _parts(
-    rows: NDArray[np.int64], num_planned: int, micro_batch_size: int | None, batch: Batch
-) -> list[NDArray[np.int64]]:
-    """Rows cut into micro-batches: as many as all ranks have for the rows that were planned, nearly equal in size."""
+def _parts(rows: NDArray[np.int64], num_planned: int, micro_batch_size: int | None) -> list[NDArray[np.int64]]:
+    """Rows cut into micro-batches: as many as all ranks have for the rows that were planned, nearly equal in size.
+
+    Where so many rows are missing that there is not one for each, the last ones repeat a row, to fill up.
+    """
     num_parts = -(-num_planned // min(micro_batch_size or num_planned, num_planned))
-    if len(rows) < num_parts:
-        raise DataLossError(
-            f"of step {batch.step} of epoch {batch.epoch} only {len(rows)} samples are there to train on, for "
-            f"{num_parts} micro-batches"
-        )
-    return np.array_split(rows, num_parts)
+    num_missing = max(num_parts - len(rows), 0)
+    filler = np.full(num_missing, rows[0] if len(rows) else 0)
+    return np.array_split(np.concatenate([rows, filler]), num_parts)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -543,7 +599,8 @@ def _checked(losses: torch.Tensor, num_rows: int) -> torch.Tensor:
     if losses.shape != (num_rows,):
         raise InvalidArgumentError(
             f"losses have shape {tuple(losses.shape)}, expected ({num_rows},): one loss a sample of the batch. "
-            'Compute them without reduction (reduction="none"), and average what belongs to one sample',
+            'Compute them without reduction (reduction="none"), and average what belongs to one sample. Batches of a '
+            "type of your own need the loader's take, which picks their rows",
             field="losses",
         )
     return losses
@@ -568,6 +625,8 @@ def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Put the model's buffers and PyTorch's random state back afterwards."""
+    # DDP lets the forward pass that follows one without gradients go by with each process's own buffers.
+    syncs_buffers = isinstance(model, DistributedDataParallel) and model.require_forward_param_sync
     saved = [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -583,3 +642,5 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
             for buffers, name, buffer, before in saved:
                 buffers[name] = buffer  # some modules put another tensor in its place
                 buffer.data.copy_(before)  # .data: a graph that holds the buffer must not see it as modified
+            if syncs_buffers:
+                cast(DistributedDataParallel, model).require_forward_param_sync = True
