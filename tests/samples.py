@@ -34,9 +34,11 @@ class Announced(Ids):
         super().__init__(num_samples)
         self.prefetch_samples = prefetch_samples
         self.announced: list[int] = []
+        self.num_ahead = 0
 
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
+    def prefetch(self, sample_ids: NDArray[np.int64], num_ahead: int) -> None:
         self.announced += sample_ids.tolist()
+        self.num_ahead = num_ahead
 
 
 def refuse_connections(worker: int) -> None:

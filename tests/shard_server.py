@@ -20,6 +20,7 @@ class ShardServer(ThreadingHTTPServer):
         failure_rate: share of requests that are answered 503, or cut in the middle.
         ignores_ranges: answers 200 with the whole file, whatever was asked for.
         status: what every request is answered with, if it is set.
+        token: what requests must bring in a header Authorization, if it is set.
         requests: the path and the Range of each request, in the order of their arrival.
         num_bytes: sent in bodies.
     """
@@ -33,6 +34,7 @@ class ShardServer(ThreadingHTTPServer):
         self.failure_rate = failure_rate
         self.ignores_ranges = False
         self.status = 0
+        self.token = ""
         self.requests: list[tuple[str, str]] = []
         self.num_bytes = 0
         self.counting = threading.Lock()
@@ -66,6 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests.append((self.path, self.headers.get("Range", "")))
             fails, is_cut = server.random.random() < server.failure_rate, server.random.random() < 0.5
         file = server.folder / self.path.lstrip("/")
+        if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
+            return self._answer(401, b"")
         if server.status or not file.is_file():
             return self._answer(server.status or 404, b"")
         if fails and not is_cut:

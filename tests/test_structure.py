@@ -16,8 +16,8 @@ import pytest
 
 import evosample
 from evosample import errors, rpc, sampling, webdataset
-from evosample.v1 import selection_pb2, selection_pb2_grpc
-from evosample_server import service, status
+from evosample.v1 import administration_pb2, selection_pb2
+from evosample_server import access, administration, service, status
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +28,23 @@ FLOORS = {
     "client/evosample/sampling": SAMPLING,
     "client/evosample/errors.py": [],
     "client/evosample/wire.py": [*SAMPLING, "evosample.v1"],
-    "client/evosample/rpc.py": ["evosample.errors", "evosample.private_server", "evosample.v1"],
+    "client/evosample/figures.py": [*SAMPLING, "evosample.wire"],
+    "client/evosample/credentials.py": ["evosample.errors"],
+    "client/evosample/diagnosis.py": ["evosample.credentials"],
+    "client/evosample/rpc.py": [
+        "evosample.credentials",
+        "evosample.diagnosis",
+        "evosample.errors",
+        "evosample.private_server",
+        "evosample.v1",
+        "evosample.wire",
+    ],
     "client/evosample/private_server.py": ["evosample.errors"],
     "client/evosample/epoch.py": SERVER_MAY_USE,
     "client/evosample/run.py": [*SERVER_MAY_USE, "evosample.epoch", "evosample.rpc"],
     "client/evosample/client.py": [
         *SERVER_MAY_USE,
+        "evosample.credentials",
         "evosample.epoch",
         "evosample.private_server",
         "evosample.rpc",
@@ -48,28 +59,64 @@ FLOORS = {
         "evosample.torch",
         "evosample.wire",
     ],
+    "client/evosample/lightning.py": ["evosample.client", "evosample.errors", "evosample.torch"],
     "client/evosample/webdataset": [
         "evosample.epoch",
         "evosample.errors",
         "evosample.sampling",
         "evosample.webdataset",
     ],
+    "client/evosample/huggingface": [
+        "evosample.client",
+        "evosample.epoch",
+        "evosample.errors",
+        "evosample.huggingface",
+        "evosample.torch",
+    ],
     "server/evosample_server/keys.py": SERVER_MAY_USE,
-    "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys"],
-    "server/evosample_server/planner.py": [*SERVER_MAY_USE, "evosample_server.store"],
+    "server/evosample_server/metrics.py": ["evosample.errors", "evosample.wire"],
+    "server/evosample_server/tracing.py": ["evosample.errors"],
+    "server/evosample_server/logs.py": [],
+    "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys", "evosample_server.metrics"],
+    "server/evosample_server/planner.py": [*SERVER_MAY_USE, "evosample_server.metrics", "evosample_server.store"],
     "server/evosample_server/experiments.py": [
         *SERVER_MAY_USE,
+        "evosample_server.metrics",
         "evosample_server.planner",
         "evosample_server.store",
     ],
     "server/evosample_server/connection.py": ["evosample.errors"],
     "server/evosample_server/status.py": SERVER_MAY_USE,
-    "server/evosample_server/decoding.py": ["evosample.errors", "evosample_server.status"],
-    "server/evosample_server/service.py": [
-        *SERVER_MAY_USE,
+    "server/evosample_server/tls.py": ["evosample.errors"],
+    "server/evosample_server/tokens.py": [*SERVER_MAY_USE, "evosample_server.keys", "evosample_server.store"],
+    "server/evosample_server/access.py": [*SERVER_MAY_USE, "evosample_server.tokens"],
+    "server/evosample_server/interceptor.py": [
+        "evosample.errors",
+        "evosample_server.access",
+        "evosample_server.status",
+    ],
+    "server/evosample_server/observing.py": ["evosample_server.metrics", "evosample_server.status"],
+    "server/evosample_server/probe.py": [],
+    "server/evosample_server/dashboard": [
+        "evosample.errors",
+        "evosample.figures",
+        "evosample.sampling",
+        "evosample.wire",
+        "evosample_server.dashboard",
         "evosample_server.experiments",
         "evosample_server.status",
+    ],
+    "server/evosample_server/service.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.access",
+        "evosample_server.experiments",
         "evosample_server.store",
+    ],
+    "server/evosample_server/administration.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.access",
+        "evosample_server.store",
+        "evosample_server.tokens",
     ],
 }
 
@@ -108,6 +155,12 @@ def test_importing_the_client_imports_little() -> None:
     assert not {"torch", "redis", "typer", "rich", "pydantic", "evosample_server"} & set(loaded)
 
 
+def test_a_server_without_a_dashboard_does_without_its_libraries() -> None:
+    script = "import sys, evosample_server.app; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"nicegui", "fastapi", "uvicorn"} & set(loaded)
+
+
 @pytest.mark.parametrize("module", [evosample, sampling, webdataset])
 def test_all_is_exact(module: object) -> None:
     public = {
@@ -142,14 +195,22 @@ def test_every_error_is_public_and_crosses_the_wire_as_itself() -> None:
             assert "why" in str(received)
 
 
-def test_every_rpc_is_implemented() -> None:
-    for method in selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].methods:
-        base = getattr(selection_pb2_grpc.SelectionServiceServicer, method.name)
-        assert getattr(service.SelectionService, method.name) is not base
+@pytest.mark.parametrize("implementation", [service.SelectionService, administration.AdministrationService])
+def test_every_rpc_is_implemented(implementation: type) -> None:
+    (base,) = implementation.__bases__
+    for method in [name for name in vars(base) if not name.startswith("_")]:
+        assert getattr(implementation, method) is not getattr(base, method)
 
 
-def test_every_field_and_rpc_of_the_contract_has_a_comment() -> None:
-    lines = (ROOT / "proto/evosample/v1/selection.proto").read_text().splitlines()
-    for before, line in itertools.pairwise(lines):
+def test_every_rpc_needs_a_role() -> None:
+    files = (selection_pb2.DESCRIPTOR, administration_pb2.DESCRIPTOR)
+    services = [found for file in files for found in file.services_by_name.values()]
+    methods = {f"/{found.full_name}/{method.name}" for found in services for method in found.methods}
+    assert methods | {access.DASHBOARD} == set(access.ROLE_NEEDED)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "proto").rglob("*.proto")), ids=lambda file: file.name)
+def test_every_rpc_of_the_contract_has_a_comment(file: Path) -> None:
+    for before, line in itertools.pairwise(file.read_text().splitlines()):
         if line.strip().startswith("rpc "):
             assert before.strip().startswith("//"), line

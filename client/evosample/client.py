@@ -7,68 +7,103 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
 
+import grpc
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from evosample.credentials import Tls, tls_to_use, token_to_use
 from evosample.epoch import as_invalid_argument
 from evosample.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from evosample.private_server import PrivateServer
 from evosample.rpc import Connection
 from evosample.run import OnUnavailable, Run
 from evosample.sampling import (
+    DoReMi,
     EvolvedSampling,
     ExperimentSpec,
+    Groups,
     ImportanceWeight,
     InvalidValue,
+    MissingPolicy,
+    Mixture,
     Policy,
+    check_groups,
     check_int,
     check_name,
     check_seconds,
 )
+from evosample.v1 import administration_pb2 as administration_pb
 from evosample.v1 import selection_pb2 as pb
 from evosample.wire import (
-    DEFAULT_PROJECT,
     ExperimentName,
     ExperimentStatus,
+    PastEpoch,
     Position,
+    Role,
+    ServerStatus,
+    Token,
+    Watched,
     check_address,
     column,
     column_bytes,
     ref_to_proto,
+    role_to_proto,
+    server_from_proto,
     spec_to_proto,
     status_from_proto,
+    token_from_proto,
+    watched_from_proto,
 )
 
 _log = logging.getLogger("evosample")
 
 _SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint32}
-_IMPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
+PRIVATE: dict[str, Any] = {"token": "", "tls": False}
+"""What to `connect` to a private server with: it is reached by this user alone, and asks for nothing."""
+_IMPORT_ROWS = 40_000  # 12 bytes each, and 4 for each column of the policy: well under 1 MiB
+_GROUP_ROWS = 160_000  # 6 bytes each
 
 
 class ExportedScores(NamedTuple):
-    """The scores of all samples at an epoch's start, in the order of sample ids.
+    """The scores of all samples at an epoch's start, in the order of sample ids, and what has become of each so far.
 
     Attributes:
         epoch: the epoch at whose start they stood; num_epochs after the last.
         scores: float32 [num_samples].
         sampling_weights: float32 [num_samples].
-        num_visits: uint32 [num_samples], finite losses so far.
+        num_visits: uint32 [num_samples], finite losses so far: how many epochs have visited it.
+        staleness: uint8 [num_samples], epochs that have ended since its last finite loss (or the start), at most 255.
+        num_chosen: uint16 [num_samples], how many times it was chosen for back-propagation, at most 65,535.
+        chosen_staleness: uint8 [num_samples], epochs that have ended since it was last chosen (or the start).
+        last_losses: float32 [num_samples], as they counted; NaN where there was none, or the policy can't tell.
+        groups: uint16 [num_samples], as they are now; None without groups.
+        columns: float32 [num_samples] each, what the policy keeps besides, by name.
+
+    To start another experiment from, the first four suffice; `columns` are taken, too, where its policy has them.
     """
 
     epoch: int
     scores: NDArray[np.float32]
     sampling_weights: NDArray[np.float32]
     num_visits: NDArray[np.uint32]
+    staleness: NDArray[np.uint8] | None = None
+    num_chosen: NDArray[np.uint16] | None = None
+    chosen_staleness: NDArray[np.uint8] | None = None
+    last_losses: NDArray[np.float32] | None = None
+    groups: NDArray[np.uint16] | None = None
+    columns: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
 
 
 def connect(
     address: str | Sequence[str] | None = None,
     *,
     data_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    tls: Tls | bool | None = None,
     connect_timeout_s: float = 10.0,
     outage_timeout_s: float = 300.0,
 ) -> Client:
@@ -77,15 +112,22 @@ def connect(
     Args:
         address: HOST:PORT or unix:/PATH of a running `evosample-server`; or several of them on one Redis, in a list or
             separated by commas; or a name that stands for several. When one fails, calls go to another. The connection
-            opens with the first call.
+            opens with the first call. Default: as the environment variable EVOSAMPLE_ADDRESS says, else none.
         data_dir: where a private server keeps its scores, for jobs that are resumed. Default: nowhere for long.
+        token: what the server is to know this client by. Default: the environment variable EVOSAMPLE_TOKEN, or what is
+            in the file EVOSAMPLE_TOKEN_FILE; empty: none, whatever these say. One that is passed here is part of the
+            pickled client, for worker processes need it; one of the environment is not.
+        tls: True to speak TLS with servers whose certificate the system trusts, `evosample.Tls(ca=..., cert=...,
+            key=...)` with others; False for plain text. Default: as the environment variables EVOSAMPLE_TLS (1 or 0),
+            EVOSAMPLE_TLS_CA, EVOSAMPLE_TLS_CERT and EVOSAMPLE_TLS_KEY say; else, and on unix sockets, plain text.
         connect_timeout_s: how long the first call tries to reach a server.
         outage_timeout_s: how long later calls wait for an absent server. Training goes on meanwhile, for any time, with
             what was fetched ahead: only at an epoch's end it has to wait.
 
     Raises:
         UnavailableError: the private server could not be started.
-        InvalidArgumentError: `data_dir` together with an address.
+        InvalidArgumentError: `data_dir` together with an address, `token` or `tls` without one, or files of these that
+            can't be used.
     """
     if address is not None and data_dir is not None:
         raise InvalidArgumentError(
@@ -93,7 +135,15 @@ def connect(
             field="data_dir",
         )
     server = None
+    if address is None and data_dir is None:
+        address = address_to_use()
     if address is None:
+        if token or tls:
+            raise InvalidArgumentError(
+                "token, tls: they are for a server that runs elsewhere; pass its address (a private one needs neither)",
+                field="token" if token else "tls",
+            )
+        token, tls = PRIVATE["token"], PRIVATE["tls"]
         server = PrivateServer(data_dir)
         address = server.address
     with as_invalid_argument():
@@ -104,17 +154,32 @@ def connect(
             check_address("address", each)
         check_seconds("connect_timeout_s", connect_timeout_s)
         check_seconds("outage_timeout_s", outage_timeout_s)
+    if tls is None and all(each.startswith("unix:") for each in addresses):
+        tls = False
+    tls = tls_to_use(tls)
+    if tls is not None:
+        if any(each.startswith("unix:") for each in addresses):
+            raise InvalidArgumentError("tls: there is no TLS on a unix socket; leave it out", field="tls")
+        tls.context()  # what is wrong with its files, or with the token's, shows here, and not in a thread
+    token_to_use(token)
     connection = Connection(
         addresses,
         connect_timeout_s=connect_timeout_s,
         outage_timeout_s=outage_timeout_s,
+        tls=tls,
+        token=token,
         server=server,
     )
     return Client(connection)
 
 
+def address_to_use() -> str | None:
+    """The address of the environment variable EVOSAMPLE_ADDRESS; None if there is none."""
+    return os.environ.get("EVOSAMPLE_ADDRESS") or None
+
+
 class Client:
-    """A connection to a server; made by `connect`. Pickling keeps the address only."""
+    """A connection to a server; made by `connect`. Pickling keeps the address, and what it needs to open another."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -143,6 +208,11 @@ class Client:
         """Where the server is, or the servers are, separated by commas: what `connect` takes."""
         return ",".join(self._connection.addresses)
 
+    @property
+    def tls(self) -> Tls | None:
+        """With what it speaks TLS; None: it speaks plain text."""
+        return self._connection.tls
+
     def share(self) -> str:
         """The address for other processes of this machine, which a private server then expects as further ranks."""
         self._connection.is_shared = True
@@ -160,9 +230,15 @@ class Client:
         importance_weight: ImportanceWeight = "none",
         seed: int = 0,
         initial_scores: ExportedScores | None = None,
+        max_skipped_epochs: int = 0,
+        loss_clip_quantile: float = 1.0,
+        groups: ArrayLike | None = None,
+        group_floor: float = 0.0,
+        mixture: Mixture | None = None,
+        reference_losses: ArrayLike | None = None,
         shard_sizes: Sequence[int] = (),
         shuffle_block_samples: int | None = None,
-        project: str = DEFAULT_PROJECT,
+        project: str | None = None,
     ) -> Experiment:
         """Create an experiment, or find the one of this name if its spec is equal.
 
@@ -177,10 +253,20 @@ class Client:
             seed: of all random draws, 0 <= seed < 2**64.
             initial_scores: what to start from, such as an earlier experiment's `export_scores()`: the first epoch then
                 selects as well. An experiment that has begun to train keeps the scores that it has.
+            max_skipped_epochs: a sample without a loss in so many epochs in a row is kept, whatever the policy would
+                do. Default, 0: none is for that reason.
+            loss_clip_quantile: losses above this quantile count as that. Default, 1: losses count as they are.
+            groups: uint16 [num_samples], the group of each sample, such as its class or domain, from 0 to 999 at most.
+                An experiment that has begun to train keeps those that it has; `Experiment.set_groups` changes them.
+            group_floor: share of each group that every epoch keeps at least, in [0, 1): the samples of the highest
+                sampling weights.
+            mixture: each group's share of what an epoch keeps: `Mixture(weights=...)`, or `DoReMi()`, which learns
+                them. It needs a policy that prunes.
+            reference_losses: float32 [num_samples], losses of a reference model, which DoReMi needs.
             shard_sizes: samples of each shard, whose ids follow each other: epochs are shuffled so that shards are read
                 nearly one after the other. Default: one shuffle over all samples.
             shuffle_block_samples: over how many samples such a shuffle goes, in whole shards. Default: ten shards.
-            project: what the experiment belongs to.
+            project: what the experiment belongs to. Default: the project that the token opens; without one, "default".
 
         Raises:
             InvalidArgumentError: a value is out of range, an epoch could have no step, or no step would ever select.
@@ -202,6 +288,11 @@ class Client:
                 importance_weight=importance_weight,
                 seed=seed,
                 warm_start=initial_scores is not None,
+                max_skipped_epochs=max_skipped_epochs,
+                loss_clip_quantile=loss_clip_quantile,
+                num_groups=0 if groups is None else _num_groups(groups, mixture),
+                group_floor=group_floor,
+                mixture=mixture,
                 shard_sizes=cast(tuple[int, ...], shard_sizes),
                 shuffle_block_samples=cast(int, shuffle_block_samples),
             )
@@ -209,52 +300,99 @@ class Client:
         if initial_scores is not None:
             for field, column_dtype in _SCORE_DTYPES.items():  # before anything is created
                 checked_column(field, getattr(initial_scores, field), column_dtype, spec.num_samples)
+        columns = _group_columns(spec, num_samples, groups, reference_losses)
         created = self._connection.call("CreateExperiment", request).experiment
         experiment = self._experiment(created)
-        if initial_scores is not None and not created.generation:
+        is_new = not created.generation and experiment.num_samples == num_samples  # nobody has added samples to it
+        if initial_scores is not None and is_new:
             try:
                 experiment.import_scores(
                     initial_scores.scores,
                     sampling_weights=initial_scores.sampling_weights,
                     num_visits=initial_scores.num_visits,
+                    columns={
+                        name: values for name, values in initial_scores.columns.items() if name in spec.policy.columns
+                    },
                 )
             except FailedPreconditionError:
                 if not experiment.status().generation:  # else another rank has brought them and begun
                     raise
+        if columns and is_new:
+            experiment._send_groups(columns)
         return experiment
 
-    def get_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> Experiment:
+    def get_experiment(self, name: str, *, project: str | None = None) -> Experiment:
         """Find an experiment by name; raises NotFoundError."""
         request = pb.GetExperimentRequest(ref=self._checked_ref(name, project))
         return self._experiment(self._connection.call("GetExperiment", request).experiment)
 
-    def list_experiments(self, *, project: str = DEFAULT_PROJECT) -> Iterator[ExperimentStatus]:
+    def list_experiments(self, *, project: str | None = None) -> Iterator[ExperimentStatus]:
         """All experiments of a project, in the order of their names."""
-        request = pb.ListExperimentsRequest(project=project)
+        request = pb.ListExperimentsRequest(project=_checked_project(project))
         while True:
             page = self._connection.call("ListExperiments", request)
-            yield from map(status_from_proto, page.experiments)
+            yield from map(_status, page.experiments)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
-    def delete_experiment(self, name: str, *, project: str = DEFAULT_PROJECT) -> None:
+    def delete_experiment(self, name: str, *, project: str | None = None) -> None:
         """Delete an experiment with its scores; raises NotFoundError."""
         found = self.get_experiment(name, project=project)
         request = pb.DeleteExperimentRequest(ref=found.ref)  # with its uid: sent twice it deletes no other of the name
         with contextlib.suppress(NotFoundError):  # the first answer got lost
             self._connection.call("DeleteExperiment", request)
 
-    def _checked_ref(self, name: str, project: str) -> pb.ExperimentRef:
+    def create_token(
+        self, role: Role, *, project: str | None = None, note: str = "", ttl_s: int | None = None
+    ) -> tuple[Token, str]:
+        """Make a token that opens a project; for the project's administrators.
+
+        Args:
+            role: what it allows: "reader" (to look), "writer" (to train) or "administrator" (also to delete, to end
+                epochs and to make tokens).
+            project: what it opens. Default: the project of this client's own token; without one, "default".
+            note: what it is for: at most 200 characters.
+            ttl_s: seconds until it expires. Default: never.
+
+        Returns:
+            What is known of it, and the token itself, which nobody can find out later.
+
+        Raises:
+            PermissionDeniedError: this client's own token is not an administrator's.
+        """
+        with as_invalid_argument():
+            request = administration_pb.CreateTokenRequest(
+                project=_checked_project(project), role=role_to_proto(role), note=note, ttl_s=ttl_s
+            )
+        created = self._connection.call("CreateToken", request)
+        return token_from_proto(created.token), created.bearer_token
+
+    def list_tokens(self, *, project: str | None = None) -> list[Token]:
+        """The tokens of a project, those that have expired included; for its administrators."""
+        request = administration_pb.ListTokensRequest(project=_checked_project(project))
+        return [token_from_proto(token) for token in self._connection.call("ListTokens", request).tokens]
+
+    def revoke_token(self, token_id: str, *, project: str | None = None) -> None:
+        """Make a token of a project worthless, within a second; for its administrators. Raises NotFoundError."""
+        self._connection.call(
+            "RevokeToken", administration_pb.RevokeTokenRequest(project=_checked_project(project), id=token_id)
+        )
+
+    def server_status(self) -> ServerStatus:
+        """How the server and its store are, and what this client may do there."""
+        return server_from_proto(self._connection.call("GetServer", administration_pb.GetServerRequest()))
+
+    def _checked_ref(self, name: str, project: str | None) -> pb.ExperimentRef:
         with as_invalid_argument():
             return self._ref(name, project)
 
     @staticmethod
-    def _ref(name: str, project: str) -> pb.ExperimentRef:
-        return ref_to_proto(ExperimentName(check_name("project", project), check_name("name", name)))
+    def _ref(name: str, project: str | None) -> pb.ExperimentRef:
+        return ref_to_proto(ExperimentName(_checked_project(project), check_name("name", name)))
 
     def _experiment(self, message: pb.Experiment) -> Experiment:
-        return Experiment(self._connection, status_from_proto(message), self._runs)
+        return Experiment(self._connection, _status(message), self._runs)
 
 
 class Experiment:
@@ -262,14 +400,15 @@ class Experiment:
 
     Attributes:
         project, name, uid: what it is called.
-        spec: what was fixed at its creation, with all defaults filled in.
+        spec: what was fixed at its creation, with all defaults filled in; of the samples that are planned with now.
+        num_samples: of the dataset: as in the spec, or more, where samples were added that are yet to be planned.
     """
 
     def __init__(self, connection: Connection, status: ExperimentStatus, runs: weakref.WeakSet[Run]) -> None:
         self.project = status.project
         self.name = status.name
         self.uid = status.uid
-        self.spec = status.spec
+        self._take(status)
         self._connection = connection
         self._runs = runs
 
@@ -289,9 +428,16 @@ class Experiment:
     def status(self) -> ExperimentStatus:
         """Where the experiment stands now, with everything that this process has handed over."""
         self._flush()
-        return status_from_proto(
-            self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self.ref)).experiment
-        )
+        return self._refresh()
+
+    def _refresh(self) -> ExperimentStatus:
+        status = _status(self._connection.call("GetExperiment", pb.GetExperimentRequest(ref=self.ref)).experiment)
+        self._take(status)
+        return status
+
+    def _take(self, status: ExperimentStatus) -> None:
+        """What may change as the dataset grows."""
+        self.spec, self.num_samples = status.spec, max(status.spec.num_samples, status.extended_num_samples)
 
     def epochs(
         self,
@@ -341,6 +487,8 @@ class Experiment:
                 )
             run_id = uuid.uuid4().hex
         with as_invalid_argument():
+            if isinstance(self.spec.policy, MissingPolicy):
+                raise self.spec.policy.missing("in this process")
             world_size = self.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             check_name("run_id", run_id)
@@ -399,6 +547,35 @@ class Experiment:
         self._runs.add(run)
         return run
 
+    def watch(self, *, interval_s: float = 1.0) -> Generator[Watched, None, None]:
+        """Live figures, again and again until the experiment has finished: where it stands, how far its ranks are, and
+        what its epochs have come to. The first ones tell of all past epochs.
+
+        Args:
+            interval_s: between two of them, from 0.1 to 60.
+        """
+        with as_invalid_argument():
+            check_seconds("interval_s", interval_s)
+        request = pb.WatchExperimentRequest(ref=self.ref, interval_ms=round(1000 * interval_s))
+        outage = self._connection.retries()
+        while True:
+            retry = next(outage)
+            try:
+                for message in self._connection.stub().WatchExperiment(request):
+                    self._connection.answered()
+                    outage = self._connection.retries()
+                    request.first_epoch = message.experiment.epoch
+                    yield _watched(message)
+                if message.experiment.state == pb.EXPERIMENT_STATE_FINISHED:
+                    return
+            except grpc.RpcError as error:
+                retry(error)
+
+    def history(self) -> tuple[PastEpoch, ...]:
+        """What the experiment's epochs have come to so far: the latest 1,000, of G groups the latest 50,000 / G."""
+        (message,) = self._connection.collect("WatchExperiment", pb.WatchExperimentRequest(ref=self.ref, once=True))
+        return _watched(message).epochs
+
     def export_scores(self, *, epoch: int | None = None) -> ExportedScores:
         """The scores at an epoch's start. Default: the latest, with all losses of epochs that every rank has finished.
 
@@ -411,11 +588,27 @@ class Experiment:
         self._flush()
         request = pb.ExportScoresRequest(ref=self.ref, epoch=epoch)
         parts = self._connection.collect("ExportScores", request)
+
+        def whole(pieces: Iterable[bytes], dtype: DTypeLike) -> NDArray[Any]:
+            return np.concatenate([column(piece, dtype) for piece in pieces])
+
+        scores = whole((part.scores for part in parts), np.float32)
+        weights = whole((part.sampling_weights for part in parts), np.float32)
+        num_visits = whole((part.num_visits for part in parts), np.uint32)
+        staleness = whole((part.staleness for part in parts), np.uint8)
+        columns = {name: whole((part.columns[name] for part in parts), np.float32) for name in sorted(parts[0].columns)}
+        losses = self.spec.policy.last_losses({"scores": scores, "sampling_weights": weights, **columns})
         return ExportedScores(
             parts[0].epoch,
-            np.concatenate([column(part.scores, np.float32) for part in parts]),
-            np.concatenate([column(part.sampling_weights, np.float32) for part in parts]),
-            np.concatenate([column(part.num_visits, np.uint32) for part in parts]),
+            scores,
+            weights,
+            num_visits,
+            staleness,
+            whole((part.num_chosen for part in parts), np.uint16),
+            whole((part.chosen_staleness for part in parts), np.uint8),
+            np.where((num_visits > 0) & (staleness < parts[0].epoch), losses, np.float32(np.nan)),
+            whole((part.groups for part in parts), np.uint16) if parts[0].groups else None,
+            columns,
         )
 
     def import_scores(
@@ -424,6 +617,7 @@ class Experiment:
         *,
         sampling_weights: ArrayLike | None = None,
         num_visits: ArrayLike | None = None,
+        columns: Mapping[str, ArrayLike] = MappingProxyType({}),
     ) -> None:
         """Start from known scores instead of 1/n each, before the first run joins. All of them are taken, or none.
 
@@ -432,6 +626,8 @@ class Experiment:
             sampling_weights: float32 [num_samples], w, finite and >= 0. Default: the scores.
             num_visits: uint32 [num_samples], losses behind each score. Samples with 0 are visited before all others.
                 Default: 1 each.
+            columns: float32 [num_samples] each, what the policy keeps besides, by name, such as UCB's "variance".
+                Default: as without known scores.
 
         Raises:
             InvalidArgumentError: another number of samples, or values out of range.
@@ -439,16 +635,19 @@ class Experiment:
         """
         weights = scores if sampling_weights is None else sampling_weights
         visits = np.ones(self.spec.num_samples) if num_visits is None else num_visits
-        columns = [
-            checked_column(field, values, dtype, self.spec.num_samples)
-            for (field, dtype), values in zip(_SCORE_DTYPES.items(), (scores, weights, visits), strict=True)
-        ]
+        named = dict(zip(_SCORE_DTYPES, (scores, weights, visits), strict=True))
+        known = {field: self._checked(field, values, _SCORE_DTYPES[field]) for field, values in named.items()}
+        own = {name: self._checked(f"columns.{name}", values, np.float32) for name, values in columns.items()}
 
         def requests() -> Iterator[pb.ImportScoresRequest]:
             for first in range(0, self.spec.num_samples, _IMPORT_ROWS):
-                rows = (column_bytes(values[first : first + _IMPORT_ROWS]) for values in columns)
+                rows = slice(first, first + _IMPORT_ROWS)
                 message = pb.ImportScoresRequest(
-                    first_sample=first, scores=next(rows), sampling_weights=next(rows), num_visits=next(rows)
+                    first_sample=first,
+                    scores=column_bytes(known["scores"][rows]),
+                    sampling_weights=column_bytes(known["sampling_weights"][rows]),
+                    num_visits=column_bytes(known["num_visits"][rows]),
+                    columns={name: column_bytes(values[rows]) for name, values in own.items()},
                 )
                 if not first:
                     message.ref.CopyFrom(self.ref)
@@ -456,6 +655,59 @@ class Experiment:
                 yield message
 
         self._connection.send("ImportScores", requests)
+
+    def _checked(self, field: str, values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+        return checked_column(field, values, dtype, self.spec.num_samples)
+
+    def extend_dataset(self, num_samples: int, *, shard_sizes: Sequence[int] = ()) -> None:
+        """Add samples to the experiment's dataset: they count from the next epoch that is planned.
+
+        With groups they count once `set_groups` has said those of all samples. Jobs that are started later may create
+        the experiment with the old number of samples or with the new one.
+
+        Args:
+            num_samples: in all; the new samples have the ids that follow. Nothing happens if as many were said before.
+            shard_sizes: samples of each shard that is added, in an experiment that has shards.
+
+        Raises:
+            InvalidArgumentError: fewer samples than before, or shards of another number of samples.
+            FailedPreconditionError: the last epoch is planned already.
+        """
+        with as_invalid_argument():
+            count = check_int("num_samples", num_samples, 1, 2**40)
+            sizes = [check_int("shard_sizes", size, 1, 2**40) for size in shard_sizes]
+        self._connection.call(
+            "ExtendDataset", pb.ExtendDatasetRequest(ref=self.ref, num_samples=count, shard_sizes=sizes)
+        )
+        self._refresh()
+
+    def set_groups(self, groups: ArrayLike, *, reference_losses: ArrayLike | None = None) -> None:
+        """Change which group each sample belongs to, in an experiment with groups: from the next planned epoch on.
+
+        Args:
+            groups: uint16 [num_samples], below the experiment's `spec.num_groups`; of added samples as well.
+            reference_losses: float32 [num_samples]; needed, and allowed, with DoReMi alone.
+
+        Raises:
+            InvalidArgumentError: another number of samples, values out of range, or floors that no epoch has room for.
+        """
+        if not self.spec.num_groups:
+            raise InvalidArgumentError("groups: this experiment was created without any", field="groups")
+        self._send_groups(_group_columns(self.spec, self.num_samples, groups, reference_losses))
+
+    def _send_groups(self, columns: Sequence[NDArray[Any]]) -> None:
+        num_samples = len(columns[0])
+
+        def requests() -> Iterator[pb.SetGroupsRequest]:
+            for first in range(0, num_samples, _GROUP_ROWS):
+                some = [column_bytes(values[first : first + _GROUP_ROWS]) for values in columns]
+                message = pb.SetGroupsRequest(first_sample=first, groups=some[0], reference_losses=b"".join(some[1:]))
+                if not first:
+                    message.ref.CopyFrom(self.ref)
+                    message.num_samples = num_samples
+                yield message
+
+        self._connection.send("SetGroups", requests)
 
     def pin_epoch(self, name: str, epoch: int) -> None:
         """Keep an epoch's scores and losses under a name, so that a run can go back to it for longer than to others.
@@ -502,6 +754,23 @@ class Experiment:
         return ref_to_proto(ExperimentName(self.project, self.name), self.uid)
 
 
+def _status(message: pb.Experiment) -> ExperimentStatus:
+    """A status as it came; raises InvalidArgumentError where its policy is one that is not installed here."""
+    with as_invalid_argument():
+        return status_from_proto(message)
+
+
+def _watched(message: pb.WatchExperimentResponse) -> Watched:
+    with as_invalid_argument():
+        return watched_from_proto(message)
+
+
+def _checked_project(project: str | None) -> str:
+    """A project as it is sent: empty where the server is to know; raises InvalidArgumentError."""
+    with as_invalid_argument():
+        return "" if project is None else check_name("project", project)
+
+
 def _check_choice(field: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         raise InvalidValue(field, value, f"one of {', '.join(map(repr, get_args(choices)))}")
@@ -516,13 +785,13 @@ def checked_column(field: str, values: ArrayLike, dtype: DTypeLike, num_samples:
             f"{found.dtype} of shape {found.shape}",
             field=field,
         )
-    if dtype is np.uint32:
-        bad = ~((found >= 0) & (found < 2**32) & (found == np.floor(found)))
+    if np.dtype(dtype).kind == "u":
+        most = np.iinfo(np.dtype(dtype)).max
+        bad = ~((found >= 0) & (found <= most) & (found == np.floor(found)))
         if bad.any():
             position = int(np.argmax(bad))
             raise InvalidArgumentError(
-                f"{field}: expected integers from 0 to 4,294,967,295; the one at position {position} is "
-                f"{found[position]}",
+                f"{field}: expected integers from 0 to {most:,}; the one at position {position} is {found[position]}",
                 field=field,
             )
     return found.astype(dtype)
@@ -532,3 +801,29 @@ def _checked_position(position: tuple[int, int]) -> Position:
     if not isinstance(position, tuple) or len(position) != 2:
         raise InvalidValue("position", position, "a pair (epoch, step), such as an earlier run's position")
     return Position(*(check_int("position", number, 0, 2**32 - 1) for number in position))
+
+
+def _num_groups(groups: ArrayLike, mixture: Mixture | None) -> int:
+    ids = np.asarray(groups)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
+        raise InvalidValue("groups", f"an array of {ids.dtype} {list(ids.shape)}", "an integer for each sample")
+    return max(int(ids.max()) + 1, len(mixture.weights) if isinstance(mixture, Mixture) else 0)
+
+
+def _group_columns(
+    spec: ExperimentSpec, num_samples: int, groups: ArrayLike | None, reference_losses: ArrayLike | None
+) -> list[NDArray[Any]]:
+    """What is said of groups, checked: their ids, and reference losses where the mixture needs them."""
+    needs_reference = isinstance(spec.mixture, DoReMi)
+    if needs_reference == (reference_losses is None):
+        expected = "a loss for each sample, which DoReMi needs" if needs_reference else "none: they are for DoReMi"
+        raise InvalidArgumentError(f"reference_losses: expected {expected}", field="reference_losses")
+    if groups is None:
+        return []
+    columns = [checked_column("groups", groups, np.uint16, num_samples)]
+    if reference_losses is not None:
+        columns.append(checked_column("reference_losses", reference_losses, np.float32, num_samples))
+    if num_samples == spec.num_samples:  # else the server checks
+        with as_invalid_argument():
+            check_groups(spec, Groups(*columns))
+    return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from evosample.errors import InvalidArgumentError, UsageError
 from evosample.sampling import (
+    EpochShape,
     ExperimentSpec,
     InvalidValue,
     MiniBatch,
@@ -58,6 +59,7 @@ class Batch:
         step: from 0, in the epoch.
         selects: whether the losses of a scoring pass decide which rows are trained on. Where not, all of them are:
             one ordinary forward and backward pass, whose losses are handed over.
+        trains: False in a step whose rows are only scored, without training.
         progress: the share of the whole run's steps that came before this one, in [0, 1).
     """
 
@@ -70,6 +72,7 @@ class Batch:
         "sample_ids",
         "selects",
         "step",
+        "trains",
     )
 
     def __init__(
@@ -83,38 +86,41 @@ class Batch:
         self.sample_ids = sample_ids
         self.step = step
         self.epoch = epoch.number
-        self.selects = epoch.selects
+        self.selects = epoch.shape.step_selects(step)
+        self.trains = epoch.shape.step_trains(step)
         self.progress = epoch.progress(step)
         self._epoch = epoch
         self._prior_scores = prior_scores
         self._set_importance_weights = set_importance_weights
 
-    def select(self, losses: Any) -> MiniBatch:
-        """Hand over the losses and draw the rows to back-propagate; where the step does not select: all of them.
+    def select(self, losses: Any, **columns: Any) -> MiniBatch:
+        """Hand over the losses and draw the rows to back-propagate.
+
+        Where the step does not select these are all of them, and where it does not train none.
 
         Args:
             losses: [m], one a sample and in their order, >= 0; an array or a tensor. Non-finite ones count as not
                 visited, and are chosen only to fill up.
+            columns: [m] each, what the experiment's policy needs besides: see its `reported_columns`.
 
         Returns:
             Positions in this batch (int64, ascending) and the importance weights that multiply their losses (float32).
 
         Raises:
-            InvalidArgumentError: another shape, or a negative loss. Nothing was recorded.
+            InvalidArgumentError: another shape, a negative loss, or other columns. Nothing was recorded.
             UsageError: not this batch's turn. Nothing was recorded.
         """
-        values = self._epoch.hand_over(self, losses)
-        return self._epoch.select(self, values)
+        return self._epoch.select(self, losses, columns)
 
-    def report(self, losses: Any) -> None:
+    def report(self, losses: Any, **columns: Any) -> None:
         """Hand over the losses without drawing. Arguments and errors as those of `select`."""
-        self._epoch.hand_over(self, losses)
+        self._epoch.report(self, losses, columns)
 
     def all(self) -> MiniBatch:
-        """The mini-batch of a step that does not select: every row, with its importance weight."""
+        """The mini-batch of a step that does not select: all rows; where it does not train either, none."""
         if self.selects:
             raise UsageError(f"step {self.step} of epoch {self.epoch} selects: draw its mini-batch with select(losses)")
-        return self._epoch.select(self, np.zeros(len(self.sample_ids), np.float32))
+        return self._epoch.drawn(self, np.zeros(len(self.sample_ids), np.float32))
 
     def draw_inputs(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Prior scores and set-level importance weights, float32 [m] each: what a draw takes besides the losses."""
@@ -129,7 +135,8 @@ class Epoch:
         num_steps: steps of the epoch.
         first_step: where this run entered the epoch: 0 unless it resumed in the middle.
         stop: the step before which it ends for this rank: num_steps, unless the others went on without it.
-        selects: see `Batch`.
+        shape: sizes of the epoch over all ranks.
+        learning_rate_factor: what the policy says that the learning rate is to be multiplied by in this epoch.
         is_closed: it has ended without this rank: only what was reported before counts.
         new_share: share of its samples that the epoch before had left out; None where there was none before.
         skipped_ranks: ranks without which the epoch before has ended, at most 100.
@@ -143,15 +150,24 @@ class Epoch:
         self.num_steps = self.stop = start.num_steps
         self.first_step = first_step
         self.is_uniform = is_uniform
-        num_rows = start.num_steps * start.step_rows
-        self.new_share = start.new_rows / num_rows if start.HasField("new_rows") else None
+        self.shape = EpochShape(
+            num_steps=start.num_steps,
+            step_rows=start.step_rows,
+            trained_rows=start.trained_rows,
+            selecting_interval=start.selecting_interval,
+            num_hidden_steps=start.num_hidden_steps,
+            is_annealing=run.spec.is_annealing(number),
+        )
+        self.learning_rate_factor = start.learning_rate_factor
+        self.new_share = start.new_rows / self.shape.num_rows if start.HasField("new_rows") else None
         self.skipped_ranks = tuple(start.skipped_ranks)
-        self.selects = start.trained_rows < start.step_rows
         self.part_rows = start.step_rows // run.world_size
         self.plan_id = start.plan_id
         self.table_checksum = start.table_checksum
         # NaN: not reported. Kept beyond the epoch's end: what the store has lost can be sent again.
         self.losses = np.full((self.num_steps, self.part_rows), np.nan, np.float32)
+        self.columns = {name: np.zeros_like(self.losses) for name in run.spec.policy.reported_columns}
+        self.chosen = np.zeros((self.num_steps, -(-self.part_rows // 8)), np.uint8)  # a bit a row
         self.num_consumed = first_step
         self.num_reported = first_step
         self.num_received = first_step
@@ -161,10 +177,21 @@ class Epoch:
         self.chunks: deque[Chunk] = deque()
         self._run = run
         self._steps_before = run.spec.num_steps_before(number)
+        self._nominal_steps = run.spec.shape(number).num_steps  # the most, where the policy decides epoch by epoch
         self._total_steps = run.spec.total_steps
         self._rows: Iterator[tuple[Any, ...]] = iter(())
         self._chunk: Chunk | None = None  # whose rows are being yielded
         self._chunk_begins = first_step
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what is kept to be reported."""
+        return self.num_steps * self.step_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Size of what is reported of a step."""
+        return 4 * self.part_rows * (1 + len(self.columns)) + self.chosen.shape[1]
 
     def close(self) -> None:
         """Forget what was not reported in time: the others have gone on without it."""
@@ -226,29 +253,26 @@ class Epoch:
 
     def progress(self, step: int) -> float:
         """The share of the whole run's steps that come before `step` of this epoch."""
-        return (self._steps_before + step) / self._total_steps
+        return (self._steps_before + step * (self._nominal_steps / self.num_steps)) / self._total_steps
 
-    def hand_over(self, batch: Batch, losses: Any) -> NDArray[np.float32]:
-        """Take a batch's losses; see `Batch.select`."""
-        values = _as_losses(losses, self.part_rows)
-        if batch.step != self.num_consumed:
-            if batch.step < self.num_consumed:
-                raise UsageError(f"the losses of step {batch.step} of epoch {self.number} were handed over already")
-            raise UsageError(
-                f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: they come "
-                f"before those of step {batch.step}"
-            )
-        recorded, num_non_finite = recorded_losses(values)
-        if not self.is_closed:
-            self.losses[batch.step] = recorded
-        self._run.consumed(self, num_non_finite)
-        return values
+    def select(self, batch: Batch, losses: Any, columns: Mapping[str, Any]) -> MiniBatch:
+        """See `Batch.select`."""
+        values, others = self._checked(batch, losses, columns)
+        drawn = self.drawn(batch, values)
+        self._record(batch, values, others, drawn.positions)
+        return drawn
 
-    def select(self, batch: Batch, losses: NDArray[np.float32]) -> MiniBatch:
-        """Draw a batch's mini-batch; see `Batch.select`."""
+    def report(self, batch: Batch, losses: Any, columns: Mapping[str, Any]) -> None:
+        """See `Batch.report`."""
+        values, others = self._checked(batch, losses, columns)
+        self._record(batch, values, others, slice(None) if batch.trains and not batch.selects else slice(0))
+
+    def drawn(self, batch: Batch, losses: NDArray[np.float32]) -> MiniBatch:
+        """A batch's mini-batch."""
         prior_scores, set_importance_weights = batch.draw_inputs()
         return select_mini_batch(
             self._run.spec,
+            self.shape,
             epoch=self.number,
             step=batch.step,
             rank=self._run.rank,
@@ -257,6 +281,47 @@ class Epoch:
             losses=losses,
             set_importance_weights=set_importance_weights,
         )
+
+    def _checked(
+        self, batch: Batch, losses: Any, columns: Mapping[str, Any]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        values = _as_floats("losses", losses, self.part_rows)
+        with as_invalid_argument():
+            check_losses(values)
+        if columns.keys() != self.columns.keys():
+            raise InvalidArgumentError(
+                f"columns: {', '.join(columns) or 'none'} given, but {type(self._run.spec.policy).__name__} needs "
+                f"{', '.join(self.columns) or 'none'} besides the losses, as keyword arguments of select and report",
+                field="columns",
+            )
+        others = {name: _as_floats(name, column, self.part_rows) for name, column in columns.items()}
+        with as_invalid_argument():
+            self._run.spec.policy.check_reported(others)
+        if batch.step != self.num_consumed:
+            if batch.step < self.num_consumed:
+                raise UsageError(f"the losses of step {batch.step} of epoch {self.number} were handed over already")
+            raise UsageError(
+                f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: they come "
+                f"before those of step {batch.step}"
+            )
+        return values, others
+
+    def _record(
+        self,
+        batch: Batch,
+        losses: NDArray[np.float32],
+        columns: Mapping[str, NDArray[np.float32]],
+        chosen: slice | NDArray[np.int64],
+    ) -> None:
+        recorded, num_non_finite = recorded_losses(losses)
+        if not self.is_closed:
+            is_chosen = np.zeros(self.part_rows, np.bool_)
+            is_chosen[chosen] = True
+            self.chosen[batch.step] = np.packbits(is_chosen, bitorder="little")
+            for name, values in columns.items():
+                self.columns[name][batch.step] = values
+            self.losses[batch.step] = recorded
+        self._run.consumed(self, num_non_finite)
 
 
 @contextlib.contextmanager
@@ -268,20 +333,18 @@ def as_invalid_argument() -> Iterator[None]:
         raise InvalidArgumentError(str(error), field=error.field) from error
 
 
-def _as_losses(losses: Any, num_rows: int) -> NDArray[np.float32]:
-    if hasattr(losses, "detach"):  # a tensor of PyTorch, which need not be installed
-        losses = losses.detach().float().cpu().numpy()
+def _as_floats(field: str, values: Any, num_rows: int) -> NDArray[np.float32]:
+    if hasattr(values, "detach"):  # a tensor of PyTorch, which need not be installed
+        values = values.detach().float().cpu().numpy()
     try:
-        values = np.asarray(losses, np.float32)
+        floats = np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"losses: expected {num_rows} numbers, got {losses!r}", field="losses") from error
-    if values.shape != (num_rows,):
+        raise InvalidArgumentError(f"{field}: expected {num_rows} numbers, got {values!r}", field=field) from error
+    if floats.shape != (num_rows,):
         raise InvalidArgumentError(
-            f"losses have shape {values.shape}, expected ({num_rows},): one loss a sample, in the order of "
-            'batch.sample_ids. Compute them without reduction (in PyTorch: reduction="none"), and average what belongs '
-            "to one sample",
-            field="losses",
+            f"{field} have shape {floats.shape}, expected ({num_rows},): one a sample, in the order of "
+            'batch.sample_ids. Compute losses without reduction (in PyTorch: reduction="none"), and average what '
+            "belongs to one sample",
+            field=field,
         )
-    with as_invalid_argument():
-        check_losses(values)
-    return values
+    return floats

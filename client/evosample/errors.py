@@ -9,6 +9,8 @@ EvosampleError
 |   |-- EpochNotRetainedError                the epoch of a position is not kept any more, or not reached yet
 |   `-- StoreBehindError                     the store has lost what it had acknowledged: join again, send again
 |-- SupersededError                          a newer run, or a newer process of this rank, has taken over
+|-- UnauthenticatedError                     no token, or none that is valid: how to pass one
+|-- PermissionDeniedError (also PermissionError)  the token's role is too low: which is needed
 |-- ResourceExhaustedError                   over a bound: which, and how to raise it
 |-- DataLossError                            the store, or a shard, has lost or damaged data
 |-- UnavailableError (also ConnectionError)  no server, or its store is away; safe to retry
@@ -94,6 +96,20 @@ class SupersededError(EvosampleError):
 
     code: ClassVar[str] = "ABORTED"
     reason: ClassVar[str] = "SUPERSEDED"
+
+
+class UnauthenticatedError(EvosampleError):
+    """The server asks for a token, and got none that is valid."""
+
+    code: ClassVar[str] = "UNAUTHENTICATED"
+    reason: ClassVar[str] = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(EvosampleError, PermissionError):
+    """The token is valid, but not for this."""
+
+    code: ClassVar[str] = "PERMISSION_DENIED"
+    reason: ClassVar[str] = "PERMISSION_DENIED"
 
 
 class ResourceExhaustedError(EvosampleError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +14,13 @@ from typing import Any
 
 import grpc
 
-from evosample import errors
+from evosample import diagnosis, errors
+from evosample.credentials import Tls, token_to_use
 from evosample.errors import EvosampleError
 from evosample.private_server import PrivateServer
+from evosample.v1 import administration_pb2_grpc as administration_pb_grpc
 from evosample.v1 import selection_pb2_grpc as pb_grpc
+from evosample.wire import is_local
 
 _log = logging.getLogger("evosample")
 
@@ -38,8 +43,54 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+_first_pid: int | None = None  # of the first process that used gRPC, among this one and those it was forked from
+
+
+def _check_not_forked() -> None:
+    """Raises UsageError where gRPC would hang: in a process that was forked from one that has used it."""
+    global _first_pid
+    if _first_pid is None:
+        _first_pid = os.getpid()
+    if _first_pid != os.getpid() and os.environ.get("GRPC_ENABLE_FORK_SUPPORT") == "0":
+        raise errors.UsageError(
+            "this process was forked from one that has used evosample, and gRPC does not outlive a fork: start it with "
+            'multiprocessing\'s "spawn" or "forkserver", or set GRPC_ENABLE_FORK_SUPPORT=1 before evosample is imported'
+        )
+
+
+class _Stub(pb_grpc.SelectionServiceStub, administration_pb_grpc.AdministrationServiceStub):
+    """The methods of both services."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        pb_grpc.SelectionServiceStub.__init__(self, channel)
+        administration_pb_grpc.AdministrationServiceStub.__init__(self, channel)
+
+
+class _WithHeaders(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+):
+    """Numbers the calls, so that they can be found in the server's log, and shows the token with each of them.
+
+    (gRPC's call credentials would show it over TLS only.)
+    """
+
+    def __init__(self, address: str, token: str | None) -> None:
+        self._headers = [] if token is None else [("authorization", f"Bearer {token}")]
+        self._prefix = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
+        _log.debug("calls to %s have the request ids %s-1, %s-2 ...", address, self._prefix, self._prefix)
+
+    def _send(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
+        request_id = ("x-request-id", f"{self._prefix}-{next(self._numbers)}")
+        return continuation(details._replace(metadata=[*self._headers, request_id]), request)
+
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _send  # type: ignore[assignment]
+
+
 class Connection:
-    """Where servers are, and how long to put up with their absence. Pickling keeps just that.
+    """Where servers are, what to show them, and how long to put up with their absence. Pickling keeps just that.
 
     Calls go to one address, chosen at random so that many clients spread over all, until that one fails; then to the
     next. Which server answers does not matter: servers hold no state.
@@ -48,9 +99,12 @@ class Connection:
         addresses: HOST:PORT or unix:/PATH each.
         connect_timeout_s: how long the first call tries to reach a server.
         outage_timeout_s: how long later calls try, after a server has once answered.
+        tls: None: plain text. A pickle has the names of its files.
+        token: empty: none; None: what the environment has, which each process looks up for itself. A pickle has it.
         server: the private server at the only address.
 
     Attributes:
+        tls: as passed.
         is_shared: other processes were told of the private server.
     """
 
@@ -60,40 +114,60 @@ class Connection:
         *,
         connect_timeout_s: float,
         outage_timeout_s: float,
+        tls: Tls | None = None,
+        token: str | None = None,
         server: PrivateServer | None = None,
     ) -> None:
         self.addresses = addresses
         self.server = server
+        self.tls = tls
+        self._token = token
         self.is_shared = False
         self.outage_timeout_s = outage_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._current = random.randrange(len(addresses))  # noqa: S311  # for balance
         self._has_answered = False
         self._is_closed = False
-        self._channels: dict[str, tuple[grpc.Channel, pb_grpc.SelectionServiceStub]] = {}
+        self._channels: dict[str, tuple[grpc.Channel, _Stub]] = {}
+        self._refusals: dict[str, str] = {}  # address -> what the last diagnosis has found
         self._pid = 0
         self._lock = threading.Lock()
         self._failing_since_s: float | None = None
         self._last_log_s = 0.0
         self._last_failure: EvosampleError | None = None
+        self._last_is_answer = False  # of a server, which is there but can't do its work
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _connection, (self.addresses, self._connect_timeout_s, self.outage_timeout_s)
+        options = {
+            "connect_timeout_s": self._connect_timeout_s,
+            "outage_timeout_s": self.outage_timeout_s,
+            "tls": self.tls,
+            "token": self._token,
+        }
+        return _connection, (self.addresses, options)
 
-    def stub(self) -> pb_grpc.SelectionServiceStub:
+    def stub(self) -> _Stub:
         """The stub of this process for the address in use. Raises UsageError once closed."""
         return self._opened()[1]
 
-    def _opened(self) -> tuple[grpc.Channel, pb_grpc.SelectionServiceStub]:
+    def _opened(self) -> tuple[grpc.Channel, _Stub]:
         if self._is_closed:
             raise errors.UsageError("this client is closed: use it inside its `with` block, or connect anew")
+        _check_not_forked()
         with self._lock:
             if self._pid != os.getpid():  # gRPC's handles must not cross a fork
                 self._pid, self._channels = os.getpid(), {}
             address = self.addresses[self._current]
             if address not in self._channels:
-                channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-                self._channels[address] = channel, pb_grpc.SelectionServiceStub(channel)
+                token = token_to_use(self._token)
+                if token and self.tls is None and not is_local(address):
+                    _log.warning("the token goes to %s unencrypted, for others to read: use TLS (tls=True)", address)
+                if self.tls is None:
+                    channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
+                else:
+                    channel = grpc.secure_channel(address, self.tls.channel_credentials(), _CHANNEL_OPTIONS)
+                channel = grpc.intercept_channel(channel, _WithHeaders(address, token))
+                self._channels[address] = channel, _Stub(channel)
             return self._channels[address]
 
     def close(self) -> None:
@@ -165,6 +239,7 @@ class Connection:
                     "a server answers again, after %.0f s: nothing is lost", time.monotonic() - self._failing_since_s
                 )
             self._failing_since_s = None
+            self._refusals = {}
 
     def outage_s(self) -> float:
         """For how long no server has answered; 0 if one did last."""
@@ -172,8 +247,13 @@ class Connection:
         return 0.0 if since_s is None else time.monotonic() - since_s
 
     def unavailable(self, timeout_s: float) -> errors.UnavailableError:
-        """What to raise when an outage has lasted too long."""
-        cause = f" (Last: {self._last_failure})" if self._last_failure is not None else ""
+        """What to raise when an outage has lasted too long, or will last until somebody does something."""
+        refusals = "; ".join(f"can't use the server at {address}: {why}" for address, why in self._refusals.items())
+        if self._are_all_refused:
+            return errors.UnavailableError(refusals)
+        if self._last_is_answer:
+            return errors.UnavailableError(str(self._last_failure))
+        cause = f" (Last: {refusals or self._last_failure})" if self._last_failure is not None else ""
         return errors.UnavailableError(
             f"no answer from a server at {', '.join(self.addresses)} within {timeout_s:g} s. Is it running, and is the "
             f"address right? Start one with `evosample-server`.{cause}"
@@ -199,9 +279,13 @@ class Connection:
                 raise failure from error
             if self.server is not None and not self._is_closed:
                 self.server.keep_running()
-            self._failed(failure, attempted)
-            wait_s = random.uniform(0, delay_s)  # noqa: S311  # jitter
-            if time.monotonic() + wait_s > deadline_s or waiting.wait(wait_s):
+            self._failed(failure, attempted, is_answer=_is_answer(error))
+            if self._are_all_refused and not self._has_answered:
+                raise self.unavailable(timeout_s) from error
+            left_s = deadline_s - time.monotonic()
+            # The last attempt is made at the deadline itself: a server that is there by then is found.
+            wait_s = min(random.uniform(0, delay_s), left_s)  # noqa: S311  # jitter
+            if left_s <= 0 or waiting.wait(wait_s):
                 raise self.unavailable(timeout_s) from error
 
         while True:
@@ -209,11 +293,16 @@ class Connection:
             yield retry
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
 
-    def _failed(self, failure: EvosampleError, attempted: int) -> None:
+    @property
+    def _are_all_refused(self) -> bool:
+        """Whether trying on is of no use until somebody does something."""
+        return len(self._refusals) == len(set(self.addresses))
+
+    def _failed(self, failure: EvosampleError, attempted: int, *, is_answer: bool) -> None:
         """Note that a server was not available, and move on to the next address."""
         now_s = time.monotonic()
         with self._lock:
-            self._last_failure = failure
+            self._last_failure, self._last_is_answer = failure, is_answer
             if self._current == attempted:
                 self._current = (attempted + 1) % len(self.addresses)
             if self._failing_since_s is None:
@@ -223,12 +312,28 @@ class Connection:
             is_due = outage_s > _LOG_AFTER_S and (is_first or now_s - self._last_log_s > _LOG_INTERVAL_S)
             if self._has_answered and is_due:
                 self._last_log_s = now_s
-                addresses = ", ".join(self.addresses)
-                _log.warning("no server at %s has answered for %.0f s, trying on: %s", addresses, outage_s, failure)
+        if is_due or not self._has_answered:
+            address = self.addresses[attempted]
+            refusal = diagnosis.refusal(address, self.tls)
+            self._refusals.pop(address, None)
+            if refusal is not None:
+                self._refusals[address] = refusal
+        if is_due and self._has_answered:
+            addresses = ", ".join(self.addresses)
+            _log.warning(
+                "no server at %s has answered for %.0f s, trying on: %s", addresses, outage_s, refusal or failure
+            )
 
 
-def _connection(addresses: tuple[str, ...], connect_timeout_s: float, outage_timeout_s: float) -> Connection:
-    return Connection(addresses, connect_timeout_s=connect_timeout_s, outage_timeout_s=outage_timeout_s)
+def _connection(addresses: tuple[str, ...], options: dict[str, Any]) -> Connection:
+    return Connection(addresses, **options)
+
+
+def _is_answer(error: grpc.RpcError) -> bool:
+    """Whether a server has said so, and not gRPC for want of one."""
+    from grpc_status import rpc_status
+
+    return rpc_status.from_call(error) is not None
 
 
 def from_grpc(error: grpc.RpcError) -> EvosampleError:

@@ -285,7 +285,7 @@ class Run:
             )
         self.num_non_finite += num_non_finite
         epoch.num_consumed += 1
-        pending_bytes = 4 * epoch.part_rows * (epoch.num_consumed - epoch.num_reported)
+        pending_bytes = epoch.step_bytes * (epoch.num_consumed - epoch.num_reported)
         if epoch.is_complete or pending_bytes >= _REPORT_BYTES:
             with self._changed:
                 self._changed.notify_all()
@@ -306,12 +306,23 @@ class Run:
 
     def _uniform_epoch(self, number: int) -> Epoch:
         """An epoch of the same steps drawn without scores, and without a server: the same on all ranks."""
-        policy = self.spec.policy
-        is_whole = self.spec.shape(number).is_annealing
-        spec = replace(self.spec, policy=Uniform() if is_whole else RandomSubset(prune_ratio=policy.prune_ratio))
-        shape = spec.shape(number)
-        table = plan_epoch(replace(spec, importance_weight="none"), number, initial_scores(spec.num_samples))
-        start = pb.EpochStart(num_steps=shape.num_steps, step_rows=shape.step_rows, trained_rows=shape.step_rows)
+        spec, policy = self.spec, self.spec.policy
+        draws = policy.batch_level != "all" and not spec.is_annealing(number)
+        is_whole = not draws and (spec.is_annealing(number) or not policy.prune_ratio)
+        spec = replace(
+            spec,
+            policy=Uniform() if is_whole else RandomSubset(prune_ratio=policy.prune_ratio),
+            mini_batch_size=spec.mini_batch_size if draws else spec.meta_batch_size,
+            importance_weight="none",
+        )
+        table, shape = plan_epoch(spec, number, initial_scores(spec.num_samples))
+        start = pb.EpochStart(
+            num_steps=shape.num_steps,
+            step_rows=shape.step_rows,
+            trained_rows=shape.step_rows,
+            selecting_interval=1,
+            learning_rate_factor=1,
+        )
         first_step = self._start.step if number == self._start.epoch else 0
         epoch = Epoch(self, number, first_step, start, is_uniform=True)
         sample_ids, prior_scores = (
@@ -459,7 +470,7 @@ class Run:
         self._kept[epoch.number] = epoch
         kept_bytes = 0
         for number in sorted(self._kept, reverse=True):
-            kept_bytes += self._kept[number].losses.nbytes
+            kept_bytes += self._kept[number].num_bytes
             if kept_bytes > _KEPT_BYTES and number < epoch.number - 1:
                 del self._kept[number]
 
@@ -545,7 +556,7 @@ class Run:
         if epoch.is_complete:
             return not epoch.is_finished
         num_pending = epoch.num_consumed - epoch.num_reported
-        return num_pending > 0 and (self._is_flushing or 4 * epoch.part_rows * num_pending >= _REPORT_BYTES)
+        return num_pending > 0 and (self._is_flushing or epoch.step_bytes * num_pending >= _REPORT_BYTES)
 
     def _deliver(self, epoch: Epoch) -> None:
         """Report what was handed over, and finish the epoch if that was all."""
@@ -555,13 +566,15 @@ class Run:
             self._finish(epoch)
 
     def _report_steps(self, epoch: Epoch, first_step: int, stop: int) -> None:
-        stop = min(stop, first_step + max(_REPORT_BYTES // (4 * epoch.part_rows), 1))
+        stop = min(stop, first_step + max(_REPORT_BYTES // epoch.step_bytes, 1))
         request = pb.ReportLossesRequest(
             member=self._member,
             plan_id=epoch.plan_id,
             first_step=first_step,
             num_steps=stop - first_step,
             losses=column_bytes(epoch.losses[first_step:stop]),
+            columns={name: column_bytes(values[first_step:stop]) for name, values in epoch.columns.items()},
+            chosen=epoch.chosen[first_step:stop].tobytes(),
         )
         self._connection.call("ReportLosses", request, give_up=self._closing)
         epoch.num_reported = max(epoch.num_reported, stop)
@@ -585,7 +598,7 @@ class Run:
             for missing in response.missing_steps:
                 stop = min(missing.first_step + missing.num_steps, epoch.num_due)
                 first = max(missing.first_step, epoch.first_step)
-                for step in range(first, stop, max(_REPORT_BYTES // (4 * epoch.part_rows), 1)):
+                for step in range(first, stop, max(_REPORT_BYTES // epoch.step_bytes, 1)):
                     self._report_steps(epoch, step, stop)
         raise InternalError(f"epoch {epoch.number}: the store keeps other losses than it is sent")
 
@@ -656,8 +669,7 @@ class Run:
 
     def _start_of(self, number: int) -> pb.EpochStart | None:
         """What an epoch's stream begins with; None if it is not planned soon."""
-        last_step = self.spec.shape(number).num_steps
-        request = pb.StreamEpochRequest(member=self._member, epoch=number, first_step=last_step)
+        request = pb.StreamEpochRequest(member=self._member, epoch=number, max_steps=1)
         for retry in self._connection.retries(self._closing):
             try:
                 for response in self._connection.stub().StreamEpoch(request, timeout=_CHECK_INTERVAL_S):

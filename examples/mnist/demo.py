@@ -7,11 +7,8 @@ takes to use evosample with PyTorch; the rest measures and reports.
 from __future__ import annotations
 
 import copy
-import gzip
-import io
 import json
 import math
-import pickle
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
+from mnist_arrays import load_digits
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
@@ -39,7 +37,6 @@ META_BATCH_SIZE = 256
 MINI_BATCH_SIZE = 64
 MAX_LEARNING_RATE = 2e-3
 SEED = 0
-DATA = Path(__file__).parents[2] / ".venv/mnist/mnist/data/mnist.pkl.gz"
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,29 +62,10 @@ class Mnist(Dataset[Batch]):
         return self.images[sample_ids], self.digits[sample_ids]
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of numpy arrays and refuses all others: a pickle could run anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        reconstruct = np.empty(0).__reduce__()[0]  # its module moved between versions of numpy
-        allowed = {
-            "numpy.core.multiarray._reconstruct": reconstruct,
-            "numpy.ndarray": np.ndarray,
-            "numpy.dtype": np.dtype,
-        }
-        if f"{module}.{name}" not in allowed:
-            raise pickle.UnpicklingError(f"{DATA} holds {module}.{name}; expected numpy arrays only")
-        return allowed[f"{module}.{name}"]
-
-
 def load_mnist(num_train: int, num_test: int) -> tuple[Mnist, Mnist]:
-    """The first `num_train` of the 60,000 training samples and the first `num_test` of the 10,000 test samples."""
-    if not DATA.exists():
-        raise SystemExit(f"MNIST is missing, expected at {DATA}. Run `make demo`: it installs the data first.")
-    pickled = io.BytesIO(gzip.decompress(DATA.read_bytes()))
-    train, validation, test = _ArrayUnpickler(pickled, encoding="latin1").load()  # latin1: Python 2 wrote it
-    images, digits = (np.concatenate(columns)[:num_train] for columns in zip(train, validation, strict=True))
-    return Mnist(images, digits), Mnist(test[0][:num_test], test[1][:num_test])
+    """The first samples of the training set (60,000) and of the test set (10,000)."""
+    train, test = load_digits(num_train, num_test)
+    return Mnist(*train), Mnist(*test)
 
 
 # Training

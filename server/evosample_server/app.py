@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from opentelemetry import trace
 from redis.exceptions import RedisError
 
-from evosample.errors import UnavailableError
-from evosample.v1 import selection_pb2, selection_pb2_grpc
-from evosample_server.connection import connect_store, without_password
-from evosample_server.decoding import DecodingInterceptor
+from evosample.errors import FailedPreconditionError, UnavailableError
+from evosample.v1 import administration_pb2, administration_pb2_grpc, selection_pb2, selection_pb2_grpc
+from evosample_server.access import Access
+from evosample_server.administration import AdministrationService
+from evosample_server.connection import connect_store, with_password, without_password
 from evosample_server.embedded import EmbeddedStore
 from evosample_server.experiments import Experiments, Limits
+from evosample_server.interceptor import CallInterceptor
+from evosample_server.logs import configure_logging
+from evosample_server.metrics import Metrics
+from evosample_server.observing import ObservingInterceptor
 from evosample_server.planner import Planner
 from evosample_server.service import SelectionService
 from evosample_server.settings import Settings
 from evosample_server.store import Store
+from evosample_server.tls import server_context, server_credentials
+from evosample_server.tokens import Tokens
+from evosample_server.tracing import traced
+
+if TYPE_CHECKING:
+    from evosample_server.dashboard import Dashboard
 
 _log = structlog.get_logger()
 
-_SERVICE = selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name
+_SERVICES = [
+    selection_pb2.DESCRIPTOR.services_by_name["SelectionService"].full_name,
+    administration_pb2.DESCRIPTOR.services_by_name["AdministrationService"].full_name,
+]
 _GRACE_S = 5.0
+_MIN_ROOT_TOKEN_CHARACTERS = 32
 _PROBE_INTERVAL_S = 1.0
 _PROBE_TIMEOUT_S = 3.0
 _SERVER_OPTIONS = [
@@ -44,26 +60,24 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # what newer gRPC goes by; a minute if not set
     ("grpc.max_connection_idle_ms", 600_000),  # clients connect again by themselves
+    ("grpc.max_connection_age_grace_ms", 3_600_000),  # for calls under way: ours end within a tenth of it
+    ("grpc.max_concurrent_streams", 256),  # calls of one connection; further ones wait
 ]
 
 
 def run(settings: Settings) -> None:
     """Run a server until SIGTERM or SIGINT; raises EvosampleError if it can't start."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            # Plain: tracebacks with the frames' variables would show passwords.
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            ),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    configure_logging(settings.log_level, settings.log_format)
+    metrics = Metrics(
+        max_experiments=settings.most_named_experiments,
+        max_streams=settings.max_streams,
+        max_project_streams=settings.most_project_streams,
     )
     embedded = None if settings.redis_url else EmbeddedStore(settings.data_dir)
+    redis_url = embedded.url if embedded else _redis_url(settings)
     try:
-        asyncio.run(_serve(settings, embedded.url if embedded else str(settings.redis_url), embedded))
+        with _served(metrics, settings.metrics), traced(settings.otlp_endpoint) as tracer:
+            asyncio.run(_serve(settings, redis_url, embedded, metrics, tracer))
     finally:
         if embedded is not None:
             embedded.close()
@@ -71,46 +85,77 @@ def run(settings: Settings) -> None:
             shutil.rmtree(Path(settings.listen.removeprefix("unix:")).parent, ignore_errors=True)
 
 
-async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | None) -> None:
+@contextmanager
+def _served(metrics: Metrics, address: str | None) -> Iterator[None]:
+    if address is None:
+        yield
+        return
+    with metrics.served(address) as bound:
+        _log.info("metrics are served", address=bound)
+        yield
+
+
+async def _serve(
+    settings: Settings, redis_url: str, embedded: EmbeddedStore | None, metrics: Metrics, tracer: trace.Tracer
+) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store = Store(connect_store(redis_url), retain_epochs=settings.retain_epochs, cache_bytes=settings.cache_bytes)
+    redis = connect_store(redis_url)
+    store = Store(redis, retain_epochs=settings.retain_epochs, cache_bytes=settings.cache_bytes, metrics=metrics)
+    tokens = Tokens(redis)
+    access = Access(tokens, needs_tokens=settings.needs_tokens, root_token=_root_token(settings.root_token_file))
     try:
         await store.check()
     except RedisError as error:
         raise UnavailableError(f"can't use Redis at {without_password(redis_url)}: {error}") from error
     server = grpc.aio.server(
-        interceptors=[DecodingInterceptor()],
-        # More than is taken: what is over the limit is then told by us, with what to do.
-        options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", 4 * settings.max_message_bytes)],
+        interceptors=[ObservingInterceptor(metrics, tracer), CallInterceptor(access)],
+        options=[
+            *_SERVER_OPTIONS,
+            ("grpc.max_connection_age_ms", 1_000 * settings.max_connection_age_s),
+            # More than is taken: what is over the limit is then told by us, with what to do.
+            ("grpc.max_receive_message_length", 4 * settings.max_message_bytes),
+        ],
     )
-    address = _bind(server, settings.listen)
+    address = _bind(server, settings)
+    health = HealthServicer()
+    probes = _probe_server(settings.health_socket, health)
+    dashboard = None if settings.http is None else _dashboard(settings.http, settings, access)
     async with asyncio.TaskGroup() as tasks:
-        if settings.parent_pid is not None:  # watched by pid: a parent-death signal would fire when its thread ends
-            tasks.create_task(_stop_when(lambda: os.getppid() != settings.parent_pid, stopping))
-        planner = Planner(store, tasks)
+        if settings.parent_pid is not None:
+            tasks.create_task(_stop_after(settings.parent_pid, stopping))
+        planner = Planner(store, tasks, metrics=metrics, tracer=tracer)
         limits = Limits(
-            settings.max_samples, settings.max_experiments, settings.max_streams, settings.max_message_bytes
+            max_samples=settings.max_samples,
+            max_experiments=settings.max_experiments,
+            max_project_samples=settings.max_project_samples,
+            max_streams=settings.max_streams,
+            max_project_streams=settings.most_project_streams,
+            max_message_bytes=settings.max_message_bytes,
         )
-        experiments = Experiments(store, planner, limits)
+        experiments = Experiments(store, planner, limits, metrics=metrics)
         selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
-        health = HealthServicer()
+        administration = AdministrationService(tokens, access, store)
+        administration_pb2_grpc.add_AdministrationServiceServicer_to_server(administration, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         reflection.enable_server_reflection(
-            [_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
+            [*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
         )
-        if not settings.listen.startswith(("unix:", "127.", "localhost:", "[::1]:")):
-            _log.warning("others can reach this server, and nothing asks who they are: keep it on a trusted network")
         await server.start()
+        await probes.start()
         await _set_health(health, is_serving=True)
         background: list[asyncio.Task[None]] = [
             tasks.create_task(planner.listen()),
-            tasks.create_task(_follow_store(store, health)),
+            tasks.create_task(_follow_store(store, health, metrics)),
+            tasks.create_task(access.count_refusals()),
         ]
         if embedded is not None:
             background.append(tasks.create_task(_keep_running(embedded, stopping)))
         print(f"listening on {address}", flush=True)  # noqa: T201  # whoever started the server reads it
+        if dashboard is not None:
+            tasks.create_task(dashboard.serve(experiments, stopping))
+            print(f"dashboard on {dashboard.address}", flush=True)  # noqa: T201
         await stopping.wait()
         _log.info("stopping")
         pending = set(background)
@@ -120,6 +165,7 @@ async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | N
             _, pending = await asyncio.wait(pending, timeout=0.2)
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)
+        await probes.stop(None)
     await store.close()
     if embedded is not None and not embedded.is_running:
         raise UnavailableError(
@@ -127,10 +173,41 @@ async def _serve(settings: Settings, redis_url: str, embedded: EmbeddedStore | N
         )
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    """Bind, and return the address with the port that it got."""
+def _redis_url(settings: Settings) -> str:
+    url = str(settings.redis_url)
+    if settings.redis_password_file is None:
+        return url
+    return with_password(url, _secret("--redis-password-file", settings.redis_password_file))
+
+
+def _secret(option: str, file: Path) -> str:
     try:
-        port = server.add_insecure_port(listen)
+        return file.read_text(errors="replace").strip()
+    except OSError as error:
+        raise FailedPreconditionError(f"can't read {option} {file}: {error.strerror}") from error
+
+
+def _root_token(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    token = _secret("--root-token-file", file)
+    if len(token) < _MIN_ROOT_TOKEN_CHARACTERS or not token.isascii() or " " in token or not token.isprintable():
+        raise FailedPreconditionError(
+            f"--root-token-file {file}: expected one token of at least {_MIN_ROOT_TOKEN_CHARACTERS} ASCII characters "
+            "without spaces, such as `openssl rand -hex 32` makes"
+        )
+    return token
+
+
+def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    """Bind, and return the address with the port that it got."""
+    listen = settings.listen
+    try:
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
     except RuntimeError as error:
         raise UnavailableError(
             f"can't listen on {listen}: is the address right (HOST:PORT or unix:/PATH), and free?"
@@ -138,15 +215,38 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
+def _probe_server(socket: Path | None, health: HealthServicer) -> grpc.aio.Server:
+    """The health service alone, bound to a socket of its own if one is wanted."""
+    server = grpc.aio.server()
+    if socket is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        try:
+            server.add_insecure_port(f"unix:{socket}")
+        except RuntimeError as error:
+            raise UnavailableError(f"can't listen on --health-socket {socket}: is its folder there?") from error
+    return server
+
+
+def _dashboard(address: str, settings: Settings, access: Access) -> Dashboard:
+    try:
+        from evosample_server.dashboard import Dashboard  # not everyone wants it, and it takes a second
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"--http needs {error.name}: pip install 'evosample[dashboard]'") from error
+    cert, key = settings.tls_cert, settings.tls_key
+    tls = None if cert is None or key is None else server_context(cert, key, settings.tls_client_ca)
+    return Dashboard(address, sign_in=access.sign_in if settings.needs_tokens else None, tls=tls)
+
+
 async def _set_health(health: HealthServicer, *, is_serving: bool) -> None:
     status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-    for service in ("", _SERVICE):
+    for service in ("", *_SERVICES):
         await health.set(service, status)
 
 
-async def _follow_store(store: Store, health: HealthServicer) -> None:
+async def _follow_store(store: Store, health: HealthServicer, metrics: Metrics) -> None:
     """The server is healthy while its store takes writes."""
     is_serving = True
+    metrics.store_up.set(is_serving)
     while True:
         await asyncio.sleep(_PROBE_INTERVAL_S)
         cause = ""
@@ -155,6 +255,7 @@ async def _follow_store(store: Store, health: HealthServicer) -> None:
                 await store.probe()
         except (RedisError, OSError, TimeoutError) as error:
             cause = str(error) or "no answer"
+        metrics.store_up.set(not cause)
         if bool(cause) == is_serving:
             is_serving = not cause
             _log.warning("the store takes writes again" if is_serving else "the store takes no writes", cause=cause)
@@ -169,9 +270,9 @@ async def _keep_running(embedded: EmbeddedStore, stopping: asyncio.Event) -> Non
         await asyncio.sleep(0.1)
 
 
-async def _stop_when(has_ended: Callable[[], bool], stopping: asyncio.Event) -> None:
-    """Stop once something that the server can't be without has ended, however it did."""
+async def _stop_after(parent_pid: int, stopping: asyncio.Event) -> None:
+    """Stop once the parent has ended, however it did. (A parent-death signal would fire when its thread ends.)"""
     while not stopping.is_set():
-        if has_ended():
+        if os.getppid() != parent_pid:
             stopping.set()
         await asyncio.sleep(0.2)

@@ -9,6 +9,7 @@ import asyncio
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from redis import exceptions as redis_errors
 from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
@@ -65,6 +66,17 @@ def connect_store(url: str) -> Redis | RedisCluster:
     except (ValueError, TypeError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
         reason = re.sub(".*unexpected keyword argument", "there is no option", str(error))
         raise InvalidArgumentError(f"--redis-url: {reason}. Expected {_FORMS}", field="redis_url") from error
+
+
+def with_password(url: str, password: str) -> str:
+    """A URL with a password put in; raises InvalidArgumentError if it has one."""
+    scheme, separator, rest = url.partition("://")
+    user, at, address = rest.rpartition("@")
+    if ":" in user:
+        raise InvalidArgumentError(
+            "--redis-password-file: --redis-url has a password of its own; leave one of them out", field="redis_url"
+        )
+    return f"{scheme}{separator}{user}:{quote(password, safe='')}@{address if at else rest}"
 
 
 def without_password(url: str) -> str:

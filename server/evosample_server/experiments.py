@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import structlog
@@ -23,23 +25,30 @@ from evosample.errors import (
     SupersededError,
 )
 from evosample.sampling import (
+    DoReMi,
     EpochShape,
     ExperimentSpec,
+    Groups,
     InvalidValue,
     MiniBatch,
+    MissingPolicy,
+    Report,
     Scores,
     Table,
+    check_groups,
     check_int,
     check_losses,
     check_name,
     check_scores,
     checksum,
+    initial_scores,
     part,
     recorded_losses,
     select_mini_batch,
     shown,
 )
-from evosample.wire import ExperimentName, ExperimentStatus, Position, check_column
+from evosample.wire import ExperimentName, ExperimentStatus, Position, Watched, check_column
+from evosample_server.metrics import Metrics
 from evosample_server.planner import Planner
 from evosample_server.store import Head, Member, Store
 
@@ -48,8 +57,13 @@ _log = structlog.get_logger()
 _MAX_PAGE_SHARDS = 200_000  # up to 1 MiB of their sizes in a message
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
+_WATCH_S = 600.0
 _TARGET_MESSAGE_BYTES = 2**20
-_EXPORT_ROWS = 80_000  # 12 bytes each: just under 1 MiB
+_EXPORT_BYTES = 960_000
+_MAX_EXTENDED_SAMPLES = 2**32  # beyond it ids would need more bytes, from one epoch to the next
+_MAX_PROJECT_EXPORTS = 10
+_MAX_PROJECT_WATCHES = 200
+_MAX_PROJECT_LOOKS_PER_S = 50
 
 
 class Limits(NamedTuple):
@@ -57,7 +71,9 @@ class Limits(NamedTuple):
 
     max_samples: int
     max_experiments: int
+    max_project_samples: int
     max_streams: int
+    max_project_streams: int
     max_message_bytes: int
 
 
@@ -84,6 +100,7 @@ class EpochStart(NamedTuple):
     table_checksum: int
     new_rows: int | None
     skipped_ranks: tuple[int, ...]
+    learning_rate_factor: float
 
 
 class EpochRows(NamedTuple):
@@ -94,12 +111,21 @@ class EpochRows(NamedTuple):
 
 
 class ScoreRows(NamedTuple):
-    """Columns of consecutive samples as they came: float32, float32, uint32 or empty."""
+    """Columns of consecutive samples as they came: float32, float32, uint32 or empty, and a policy's own, float32."""
 
     first_sample: int
     scores: bytes
     sampling_weights: bytes
     num_visits: bytes
+    columns: Mapping[str, bytes]
+
+
+class GroupRows(NamedTuple):
+    """Columns of consecutive samples as they came: uint16, and float32 or empty."""
+
+    first_sample: int
+    groups: bytes
+    reference_losses: bytes
 
 
 class Finish(NamedTuple):
@@ -112,36 +138,37 @@ class Finish(NamedTuple):
 class Experiments:
     """All experiments of one Redis. Holds no state of its own: any server can answer any call."""
 
-    def __init__(self, store: Store, planner: Planner, limits: Limits) -> None:
+    def __init__(self, store: Store, planner: Planner, limits: Limits, *, metrics: Metrics) -> None:
         self._store = store
         self._planner = planner
         self._limits = limits
-        self._num_streams = 0
+        self._metrics = metrics
+        self._num_streams: Counter[str] = Counter()  # by project, as the following
+        self._num_watches: Counter[str] = Counter()
+        self._num_exports: Counter[str] = Counter()
+        metrics.streams.set_function(self._num_streams.total)
+        metrics.project_streams.set_function(lambda: max(self._num_streams.values(), default=0))
 
     async def create(self, name: ExperimentName, uid: str, spec: ExperimentSpec) -> ExperimentStatus:
         """Create an experiment and plan its first epoch, unless an equal one is there."""
         if uid:
             raise InvalidValue("ref.uid", uid, "nothing: the server chooses the uid of a new experiment")
+        if isinstance(spec.policy, MissingPolicy):
+            raise spec.policy.missing("on the server")
         if spec.num_samples > self._limits.max_samples:
-            raise ResourceExhaustedError(
-                f"num_samples={spec.num_samples:,}: this server takes at most {self._limits.max_samples:,} samples an "
-                "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
-            )
+            raise self._too_many_samples(spec.num_samples)
         head = await self._store.head(name)
-        if head is not None:
-            await self._store.list_name(name)  # whoever made it may have ended before it could
-        else:
-            if await self._store.count_names(name.project) >= self._limits.max_experiments:
-                raise ResourceExhaustedError(
-                    f"project {name.project!r} has {self._limits.max_experiments:,} experiments, as many as this "
-                    "server takes: delete some, or raise it with --max-experiments"
-                )
+        if head is None:
+            await self._reserve(name, spec.num_samples)
             await self._store.create(name, spec)
-            await self._store.list_name(name)
+            head = await self._store.head(name)  # which may be of another spec: others may create it at the same time
+        if head is not None:
+            # Whoever made it may have ended before it could.
+            await self._store.list_name(name, head.extended_spec.num_samples)
         head = await self._planner.settled(name)
         if head is None:
             raise NotFoundError(f"experiment {name.name!r} was deleted while it was being created", field="name")
-        if head.spec != spec:
+        if not _is_stage(spec, head):
             differing = [
                 f"{field.name} is {shown(ours)}, not {shown(theirs)}"
                 for field in dataclasses.fields(spec)
@@ -152,6 +179,30 @@ class Experiments:
                 "Choose another name, or delete it first"
             )
         return await self._store.status(head)
+
+    def _too_many_samples(self, num_samples: int) -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            f"num_samples={num_samples:,}: this server takes at most {self._limits.max_samples:,} samples an "
+            "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
+        )
+
+    async def _reserve(self, name: ExperimentName, num_samples: int) -> None:
+        """Take a place among a project's experiments, before the experiment is made."""
+        max_experiments, max_samples = self._limits.max_experiments, self._limits.max_project_samples
+        lacking, count = await self._store.reserve(
+            name, num_samples, max_experiments=max_experiments, max_project_samples=max_samples
+        )
+        match lacking:
+            case "experiments":
+                raise ResourceExhaustedError(
+                    f"project {name.project!r} has {count:,} experiments, of {max_experiments:,} that this server "
+                    "takes: delete some, or raise it with --max-experiments"
+                )
+            case "samples":
+                raise ResourceExhaustedError(
+                    f"num_samples={num_samples:,}: the experiments of project {name.project!r} have {count:,} samples, "
+                    f"of {max_samples:,} that this server takes: delete some, or raise it with --max-project-samples"
+                )
 
     async def get(self, name: ExperimentName, uid: str) -> ExperimentStatus:
         """An experiment's status; NotFoundError if there is none of this name and, if given, uid."""
@@ -172,10 +223,19 @@ class Experiments:
                 await self._store.forget_name(name)
                 continue
             num_shards += len(head.spec.shard_sizes)
+            num_shards += 0 if head.spec.mixture is None else 2 * len(head.spec.mixture.weights)  # about as many bytes
             if page and num_shards > _MAX_PAGE_SHARDS:
                 return page, page[-1].name
             page.append(await self._store.status(head))
         return page, names[-1] if len(names) == limit else ""
+
+    async def names(self, project: str) -> list[str]:
+        """The names of a project's experiments, in order; one may have been deleted just now."""
+        check_name("project", project)
+        names: list[str] = []
+        while more := await self._store.list_names(project, names[-1] if names else "", 10_000):
+            names += more
+        return names
 
     async def delete(self, name: ExperimentName, uid: str) -> None:
         """Delete an experiment with everything that belongs to it."""
@@ -242,20 +302,26 @@ class Experiments:
             raise InvalidValue("num_samples", num_samples, f"the experiment's number of samples, {n:,}")
         if head.generation:
             raise _started(head)
-        scores = Scores(np.empty(n, np.float32), np.empty(n, np.float32), np.ones(n, np.uint32))
+        scores = initial_scores(n, head.spec.policy.columns)
+        scores.num_visits[:] = 1
         done = 0
-        async for first_sample, *received in columns:
-            if first_sample != done:
-                raise InvalidValue("first_sample", first_sample, f"{done:,}: samples come in order, from 0 on")
+        async for first_sample, *received, own in columns:
             num_rows = len(received[0]) // 4
-            if num_rows > n - done:
-                raise InvalidValue("scores", f"{num_rows:,} samples", f"at most the {n - done:,} that are left")
-            for field, values, data in zip(Scores._fields, scores, received, strict=True):
+            _check_in_order("scores", first_sample, num_rows, done, n)
+            for field, values, data in zip(ScoreRows._fields[1:4], scores[:3], received, strict=True):
                 if data or field != "num_visits":
                     rows = check_column(field, data, num_rows, values.dtype)
                     if field != "num_visits":
                         check_scores(field, rows)
                     values[done : done + num_rows] = rows
+            for column, data in own.items():
+                if column not in scores.columns:
+                    expected = f"what {type(head.spec.policy).__name__} keeps: {', '.join(scores.columns) or 'nothing'}"
+                    raise InvalidValue("columns", column, expected)
+                rows = check_column(f"columns.{column}", data, num_rows)
+                if not np.isfinite(rows).all():
+                    raise InvalidValue(f"columns.{column}", "not all finite", "finite numbers")
+                scores.columns[column][done : done + num_rows] = rows
             done += num_rows
         if done != n:
             raise InvalidValue("scores", f"{done:,} samples", f"those of all {n:,}")
@@ -266,7 +332,87 @@ class Experiments:
                 raise _gone(name, head.uid)
             if found.generation:
                 raise _started(found)
-            is_imported = await self._planner.import_scores(found, scores)
+            is_imported = await self._planner.plan_first(found, scores, is_imported=True)
+
+    async def set_groups(
+        self, name: ExperimentName, uid: str, num_samples: int, columns: AsyncIterator[GroupRows]
+    ) -> None:
+        """Say which group each sample belongs to; before the first run joins the first epoch is planned anew."""
+        head = await self._head(name, uid)
+        spec = head.extended_spec
+        n = spec.num_samples
+        if not spec.num_groups:
+            raise InvalidValue("groups", f"{num_samples:,} samples", "none: this experiment was created without groups")
+        if num_samples != n:
+            raise InvalidValue("num_samples", num_samples, f"the experiment's number of samples, {n:,}")
+        needs_reference = isinstance(spec.mixture, DoReMi)
+        groups = Groups(np.empty(n, np.uint16), np.empty(n, np.float32) if needs_reference else None)
+        done = 0
+        async for first_sample, ids, reference_losses in columns:
+            num_rows = len(ids) // 2
+            _check_in_order("groups", first_sample, num_rows, done, n)
+            rows = slice(done, done + num_rows)
+            groups.ids[rows] = check_column("groups", ids, num_rows, np.uint16)
+            if groups.reference_losses is not None:
+                groups.reference_losses[rows] = check_column("reference_losses", reference_losses, num_rows)
+            elif reference_losses:
+                raise InvalidValue("reference_losses", f"{len(reference_losses):,} bytes", "none without DoReMi")
+            done += num_rows
+        if done != n:
+            raise InvalidValue("groups", f"{done:,} samples", f"those of all {n:,}")
+        await asyncio.to_thread(check_groups, spec, groups)
+        while not self._store.has_groups(head, groups):  # as they are when another rank has brought them
+            if head.state == "finished":
+                raise FailedPreconditionError(f"experiment {name.name!r} has finished: no epoch is left to be planned")
+            await self._store.write_groups(head, groups)
+            head = await self._head(name, head.uid)
+            if head.extended_spec.num_samples != n:
+                raise InvalidValue(
+                    "num_samples", n, f"{head.extended_spec.num_samples:,}: samples were added meanwhile"
+                )
+        await self._settled_first(name, head.uid)
+
+    async def _settled_first(self, name: ExperimentName, uid: str) -> Head:
+        """The head; before the first run its epoch is planned with all that was said of its samples."""
+        while True:
+            head = await self._planner.settled(name)
+            if head is None or head.uid != uid:
+                raise _gone(name, uid)
+            if head.generation or (
+                self._planner.next_spec(head) == head.spec
+                and (await self._store.plan_info(head, head.plan_id)).groups_id == head.groups_id
+            ):
+                return head
+            with contextlib.suppress(EpochClosedError):  # another rank has planned it, and removed what was there
+                scores = await self._store.read_scores(head, head.plan_id)
+                is_imported = await self._store.is_imported(head)
+                await self._planner.plan_first(head, scores, is_imported=is_imported)
+
+    async def extend(self, name: ExperimentName, uid: str, num_samples: int, shard_sizes: tuple[int, ...]) -> None:
+        """Add samples, up to this number in all, from the next epoch on that is planned."""
+        while True:
+            head = await self._head(name, uid)
+            uid, before = head.uid, head.extended_spec
+            check_int("num_samples", num_samples, head.birth_spec.num_samples, _MAX_EXTENDED_SAMPLES)
+            if num_samples <= before.num_samples:  # was said before
+                break
+            if num_samples > self._limits.max_samples:
+                raise self._too_many_samples(num_samples)
+            if head.state == "finished" or (head.generation and head.epoch == before.num_epochs - 1):
+                raise FailedPreconditionError(
+                    f"experiment {name.name!r} is in its last epoch, or has finished: no epoch is left to be planned"
+                )
+            spec = dataclasses.replace(before, num_samples=num_samples, shard_sizes=before.shard_sizes + shard_sizes)
+            default = dataclasses.replace(before, shuffle_block_samples=cast(int, None))
+            if default.shuffle_block_samples == before.shuffle_block_samples:
+                spec = dataclasses.replace(spec, shuffle_block_samples=cast(int, None))
+            await self._reserve(name, num_samples)
+            answer = await self._store.extend(head, spec)
+            current = await self._head(name, uid)
+            await self._store.list_name(name, current.extended_spec.num_samples)
+            if answer != "changed":
+                break
+        await self._settled_first(name, uid)
 
     async def join(
         self,
@@ -294,9 +440,7 @@ class Experiments:
             check_int("rejoining_as.generation", rejoining_as.generation, 1, 2**53)
             check_int("rejoining_as.claim", rejoining_as.claim, 1, 2**53)
         while True:
-            head = await self._planner.settled(name)
-            if head is None or head.uid != uid:
-                raise _gone(name, uid)
+            head = await self._settled_first(name, uid)
             world_size = head.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
             if run_id != head.run_id and await self._store.had_run(head, run_id):
@@ -306,25 +450,32 @@ class Experiments:
                 raise _superseded(current, Member(0, rank, 0))
             await self._check_has_scores(head)
             stored_claim = await self._store.claim(head, rank)
-            target = self._target(head, run_id, position)
+            target = await self._target(head, run_id, position)
+            target_plan_id = await self._store.plan_of_epoch(head, target.epoch) or ""
+            if target.step and target.epoch < head.epoch and target_plan_id:
+                await self._check_has_groups_of(head, target, target_plan_id)
             is_retained = target.epoch in (head.epoch, *await self._store.retained_epochs(head))
             if not is_retained or target.epoch > head.epoch:
                 if current_if_not_retained:
                     position, target = None, Position(head.epoch, 0)
                 elif run_id != head.run_id:
                     raise await self._not_retained(head, f"position ({target.epoch}, {target.step})")
+            # in the form that does not depend on where the head stands: an epoch's end is the next one's start
+            is_end = target.epoch < head.spec.num_epochs and target.step == await self._num_steps(head, target.epoch)
+            canonical = Position(target.epoch + 1, 0) if is_end else target
             answer = await self._store.join(
                 head,
                 run_id=run_id,
                 rank=rank,
                 world_size=world_size,
                 straggler_timeout_ms=straggler_timeout_ms or 0,
-                position=_canonical(head.spec, target),
+                position=canonical,
                 is_given=position is not None,
                 target=target,
                 rejoining_as=rejoining_as,
                 process_id=process_id,
                 stored_claim=stored_claim,
+                target_plan_id=target_plan_id,
             )
             match answer:
                 case ["changed"] | ["not_retained"]:
@@ -349,7 +500,7 @@ class Experiments:
                 case ["position", other]:
                     raise InvalidValue(
                         "position",
-                        tuple(_canonical(head.spec, target)),
+                        tuple(canonical),
                         f"({other.replace(' ', ', ')}): the run {run_id!r} was begun there. All ranks of a run begin "
                         "at the same position; every start of a job needs a run_id of its own",
                     )
@@ -368,17 +519,39 @@ class Experiments:
                 f"experiment {head.name.name!r} is to start from known scores (warm_start), which are yet to be "
                 "imported: create it again with initial_scores, or use ImportScores"
             )
+        if head.spec.num_groups and not head.groups_id:
+            raise FailedPreconditionError(
+                f"experiment {head.name.name!r} has groups (num_groups={head.spec.num_groups}), but which sample is in "
+                "which is yet to be said: create it again with groups, or use SetGroups"
+            )
+
+    async def _check_has_groups_of(self, head: Head, position: Position, plan_id: str) -> None:
+        """Raises if an epoch can't be gone on with: planned again, it would have other rows than were reported of."""
+        if (await self._store.plan_info(head, plan_id)).groups_id != head.groups_id:
+            raise FailedPreconditionError(
+                f"position ({position.epoch}, {position.step}): the groups were changed since epoch {position.epoch} "
+                f"was planned. Go on at its start, ({position.epoch}, 0)"
+            )
 
     async def _unreported_rows(self, name: ExperimentName, position: Position) -> int:
         """Rows of the current epoch before a position for which there is no loss."""
         head = await self._store.head(name) if position.step else None
         if head is None or head.epoch != position.epoch:
             return 0
-        num_rows = position.step * head.spec.shape(head.epoch).step_rows
-        return int(np.count_nonzero(np.isnan((await self._store.read_losses(head))[:num_rows])))
+        before = dataclasses.replace(head, num_steps=position.step)  # after going back it is not planned again yet
+        return int(np.count_nonzero(np.isnan((await self._store.read_report(before)).losses)))
 
-    @staticmethod
-    def _target(head: Head, run_id: str, position: Position | None) -> Position:
+    async def _num_steps(self, head: Head, epoch: int) -> int:
+        """Steps of an epoch as it was planned; of one that is not kept the most that it may have had."""
+        if epoch == head.epoch:
+            return head.num_steps
+        is_known = not head.spec.policy.is_adaptive and head.next_spec is None
+        plan_id = None if is_known else await self._store.plan_of_epoch(head, epoch)
+        if plan_id is not None:
+            return (await self._store.plan_info(head, plan_id)).num_steps
+        return head.spec.shape(epoch).num_steps if epoch < head.spec.num_epochs else 0
+
+    async def _target(self, head: Head, run_id: str, position: Position | None) -> Position:
         """Where a run that joins at `position` begins, with the epoch's end brought into one form."""
         num_epochs = head.spec.num_epochs
         if position is None:
@@ -389,10 +562,10 @@ class Experiments:
                 )
             return Position(head.epoch, 0)
         epoch = check_int("position.epoch", position.epoch, 0, num_epochs)
-        last = head.spec.shape(epoch).num_steps if epoch < num_epochs else 0
+        last = await self._num_steps(head, epoch)
         step = check_int("position.step", position.step, 0, last)
         if epoch == head.epoch + 1 and step == 0:  # a run that ended just before the turn: the turn is still due
-            return Position(head.epoch, head.spec.shape(head.epoch).num_steps)
+            return Position(head.epoch, head.num_steps)
         if epoch < head.epoch and step == last:
             return Position(epoch + 1, 0)
         return Position(epoch, step)
@@ -401,17 +574,19 @@ class Experiments:
         self, name: ExperimentName, uid: str, member: Member, *, epoch: int, first_step: int, max_steps: int
     ) -> AsyncIterator[EpochWait | EpochStart | EpochRows]:
         """A rank's part of an epoch, waiting for it if it is yet to be planned."""
-        if self._num_streams >= self._limits.max_streams:
+        if self._num_streams.total() >= self._limits.max_streams:
             raise ResourceExhaustedError(
-                f"this server already serves {self._num_streams:,} streams, as many as it takes: add servers, or raise "
-                "it with --max-streams"
+                f"this server already serves {self._limits.max_streams:,} streams, as many as it takes: add servers, "
+                "or raise it with --max-streams"
             )
-        self._num_streams += 1
-        try:
+        if self._num_streams[name.project] >= self._limits.max_project_streams:
+            raise ResourceExhaustedError(
+                f"this server already serves {self._limits.max_project_streams:,} streams of project "
+                f"{name.project!r}, as many as it takes of one: add servers, or raise it with --max-project-streams"
+            )
+        with _counted(self._num_streams, name.project):
             async for event in self._stream(name, uid, member, epoch, first_step, max_steps):
                 yield event
-        finally:
-            self._num_streams -= 1
 
     async def _stream(
         self, name: ExperimentName, uid: str, member: Member, epoch: int, first_step: int, max_steps: int
@@ -442,10 +617,12 @@ class Experiments:
         if head.state == "finished":
             await self._store.replicated(name)  # this rank may end now, and could send nothing again
             return
-        shape = head.spec.shape(epoch)
+        shape = head.shape
         check_int("first_step", first_step, 0, shape.num_steps)
         info = await self._store.plan_info(head, head.plan_id)
-        yield EpochStart(head.plan_id, shape, head.table_checksum, info.new_rows, info.skipped_ranks)
+        num_hidden = shape.num_hidden_steps * shape.step_rows
+        factor = head.spec.policy.learning_rate_factor(shape.num_rows, num_hidden)
+        yield EpochStart(head.plan_id, shape, head.table_checksum, info.new_rows, info.skipped_ranks, factor)
         stop = min(first_step + max_steps, shape.num_steps) if max_steps else shape.num_steps
         async for rows in self._rows(head, shape, member.rank, first_step, stop):
             yield rows
@@ -456,7 +633,10 @@ class Experiments:
         row_bytes = sum(rows.itemsize for rows in await self._store.read_table(head, 0, 0) if rows is not None)
         chunk = max(_TARGET_MESSAGE_BYTES // (row_bytes * shape.step_rows // head.world_size), 1)
         for step in range(first_step, stop, chunk):
-            yield await self._part(head, shape, rank, step, min(chunk, stop - step))
+            rows = await self._part(head, shape, rank, step, min(chunk, stop - step))
+            num_rows = rows.table.sample_ids.size
+            self._metrics.streamed(num_rows, num_rows * row_bytes)
+            yield rows
 
     async def _part(self, head: Head, shape: EpochShape, rank: int, first_step: int, num_steps: int) -> EpochRows:
         rows = await self._store.read_table(head, first_step * shape.step_rows, num_steps * shape.step_rows)
@@ -477,54 +657,95 @@ class Experiments:
         first_step: int,
         num_steps: int,
         losses: bytes,
+        columns: Mapping[str, bytes],
+        chosen: bytes,
     ) -> int:
-        """Record a rank's losses of consecutive steps; returns how many were not finite."""
+        """Record what a rank reports of consecutive steps; returns how many losses were not finite."""
         head = await self._head_of_member(name, uid, member)
         self._check_open(head, plan_id)
-        shape = head.spec.shape(head.epoch)
+        shape = head.shape
         check_int("first_step", first_step, 0, shape.num_steps - 1)
         check_int("num_steps", num_steps, 1, shape.num_steps - first_step)
-        part_rows = shape.step_rows // head.world_size
-        if len(losses) > self._limits.max_message_bytes:
+        num_bytes = len(losses) + len(chosen) + sum(map(len, columns.values()))
+        if num_bytes > self._limits.max_message_bytes:
             raise ResourceExhaustedError(
-                f"losses: {len(losses):,} bytes; this server takes at most {self._limits.max_message_bytes:,} in a "
+                f"losses: {num_bytes:,} bytes; this server takes at most {self._limits.max_message_bytes:,} in a "
                 "message: report fewer steps at once, or raise it with --max-message-bytes"
             )
-        values = check_column("losses", losses, num_steps * part_rows)
-        return await self._record(head, member, plan_id, first_step * part_rows, values)
+        report = self._report(head, num_steps, losses, columns)
+        part_rows = shape.step_rows // head.world_size
+        if chosen:
+            bits = check_column("chosen", chosen, num_steps * -(-part_rows // 8), np.uint8).reshape(num_steps, -1)
+            report.chosen[:] = np.unpackbits(bits, axis=1, count=part_rows, bitorder="little").ravel()
+        return await self._record(head, member, plan_id, first_step, num_steps, report)
+
+    @staticmethod
+    def _report(head: Head, num_steps: int, losses: bytes, columns: Mapping[str, bytes]) -> Report:
+        """What came of consecutive steps of a part, checked."""
+        num_rows = num_steps * (head.shape.step_rows // head.world_size)
+        names = head.spec.policy.reported_columns
+        if set(columns) != set(names):
+            expected = f"just the columns that {type(head.spec.policy).__name__} needs: {', '.join(names) or 'none'}"
+            raise InvalidValue("columns", sorted(columns), expected)
+        values = {name: check_column(f"columns.{name}", columns[name], num_rows) for name in names}
+        rows = check_column("losses", losses, num_rows)
+        check_losses(rows)
+        head.spec.policy.check_reported(values)
+        return Report(rows, np.zeros(num_rows, np.bool_), values)
 
     async def _record(
-        self, head: Head, member: Member, plan_id: str, first_row: int, losses: NDArray[np.float32]
+        self, head: Head, member: Member, plan_id: str, first_step: int, num_steps: int, report: Report
     ) -> int:
-        check_losses(losses)
-        recorded, num_non_finite = recorded_losses(losses)
-        answer = await self._store.write_losses(head, member, plan_id=plan_id, first_row=first_row, losses=recorded)
+        recorded, num_non_finite = recorded_losses(report.losses)
+        answer = await self._store.write_report(
+            head,
+            member,
+            plan_id=plan_id,
+            first_step=first_step,
+            num_steps=num_steps,
+            report=report._replace(losses=recorded),
+        )
         self._check_answer(answer, head, member, plan_id)
+        self._metrics.reported(
+            head.name,
+            num_rows=len(recorded),
+            num_bytes=recorded.nbytes * (1 + len(report.columns)),
+            num_non_finite=num_non_finite,
+            progress=(head.epoch + (first_step + num_steps) / head.num_steps) / head.spec.num_epochs,
+        )
         return num_non_finite
 
     async def select(
-        self, name: ExperimentName, uid: str, member: Member, *, plan_id: str, step: int, losses: bytes
+        self,
+        name: ExperimentName,
+        uid: str,
+        member: Member,
+        *,
+        plan_id: str,
+        step: int,
+        losses: bytes,
+        columns: Mapping[str, bytes],
     ) -> tuple[MiniBatch, int]:
-        """Record a rank's losses of one step and draw its mini-batch; returns also how many were not finite."""
+        """Draw the mini-batch of a rank's step, and record what comes of it; returns also how many were not finite."""
         head = await self._head_of_member(name, uid, member)
         self._check_open(head, plan_id)
-        shape = head.spec.shape(head.epoch)
+        shape = head.shape
         check_int("step", step, 0, shape.num_steps - 1)
-        part_rows = shape.step_rows // head.world_size
-        values = check_column("losses", losses, part_rows)
+        report = self._report(head, 1, losses, columns)
         rows = (await self._part(head, shape, member.rank, step, 1)).table
-        num_non_finite = await self._record(head, member, plan_id, step * part_rows, values)
         mini_batch = select_mini_batch(
             head.spec,
+            shape,
             epoch=head.epoch,
             step=step,
             rank=member.rank,
             world_size=head.world_size,
             prior_scores=rows.prior_scores[0],
-            losses=values,
+            losses=report.losses,
             set_importance_weights=None if rows.importance_weights is None else rows.importance_weights[0],
         )
-        return mini_batch, num_non_finite
+        report.chosen[mini_batch.positions] = True
+        return mini_batch, await self._record(head, member, plan_id, step, 1, report)
 
     async def finish(
         self,
@@ -560,34 +781,68 @@ class Experiments:
         self, head: Head, member: Member, reported_rows: int | None, expected_checksum: int | None
     ) -> list[tuple[int, int]]:
         """What differs from what the rank says it reported: the steps without losses or, if none, all steps."""
-        shape = head.spec.shape(head.epoch)
-        part_rows = shape.step_rows // head.world_size
-        losses = await self._store.read_part_losses(
-            head, head.plan_id, member.generation, member.rank, 0, shape.num_steps * part_rows
-        )
+        shape = head.shape
+        losses = await self._store.read_part_losses(head, member, first_step=0, num_steps=shape.num_steps)
         reported = ~np.isnan(losses)
         matches_rows = reported_rows is None or np.count_nonzero(reported) == reported_rows
-        if matches_rows and expected_checksum in (None, await asyncio.to_thread(checksum, losses)):
+        if matches_rows and expected_checksum in (None, await asyncio.to_thread(checksum, losses.ravel())):
             return []
         first = head.first_step
-        missing = ~reported.reshape(shape.num_steps, part_rows)[first:].all(axis=1)
+        missing = ~reported[first:].all(axis=1)
         if not missing.any():
             first %= shape.num_steps  # a run that began at the epoch's end has no step of its own to send again
             return [(first, shape.num_steps - first)]
         edges = np.flatnonzero(np.diff(missing, prepend=False, append=False)) + first
         return [(int(start), int(stop - start)) for start, stop in edges.reshape(-1, 2)]
 
-    async def export(self, name: ExperimentName, uid: str, epoch: int | None) -> AsyncIterator[tuple[int, int, Scores]]:
-        """The scores at an epoch's start, as (epoch, first sample, scores of the samples from there)."""
-        await self._planner.settled(name)
-        head = await self._head(name, uid)
-        wanted = head.epoch if epoch is None else epoch
-        plan_id = await self._store.plan_of_epoch(head, wanted)
-        if plan_id is None:
-            raise await self._not_retained(head, f"epoch {wanted}")
-        for first in range(0, head.spec.num_samples, _EXPORT_ROWS):
-            count = min(_EXPORT_ROWS, head.spec.num_samples - first)
-            yield wanted, first, await self._store.read_score_rows(head, plan_id, first, count)
+    async def export(
+        self, name: ExperimentName, uid: str, epoch: int | None
+    ) -> AsyncIterator[tuple[int, int, Scores, NDArray[np.uint16] | None]]:
+        """The scores at an epoch's start, as (epoch, first sample, scores of the samples from there, their groups)."""
+        if self._num_exports[name.project] >= _MAX_PROJECT_EXPORTS:
+            raise ResourceExhaustedError(
+                f"this server already exports scores of project {name.project!r} {_MAX_PROJECT_EXPORTS} times at "
+                "once, as often as it does: try again when one has ended"
+            )
+        with _counted(self._num_exports, name.project):
+            await self._planner.settled(name)
+            head = await self._head(name, uid)
+            wanted = head.epoch if epoch is None else epoch
+            plan_id = await self._store.plan_of_epoch(head, wanted)
+            if plan_id is None:
+                raise await self._not_retained(head, f"epoch {wanted}")
+            head = dataclasses.replace(head, spec=await self._store.spec_of_plan(head, plan_id))
+            chunk = max(_EXPORT_BYTES // (18 + 4 * len(head.spec.policy.columns)), 1)
+            for first in range(0, head.spec.num_samples, chunk):
+                count = min(chunk, head.spec.num_samples - first)
+                scores = await self._store.read_score_rows(head, plan_id, first, count)
+                yield wanted, first, scores, await self._store.read_group_rows(head, first, count)
+
+    async def watch(
+        self, name: ExperimentName, uid: str, *, interval_ms: int, first_epoch: int, once: bool
+    ) -> AsyncIterator[Watched]:
+        """Live figures, again and again until the experiment has finished, for ten minutes at most."""
+        check_int("interval_ms", interval_ms, 100, 60_000)
+        check_int("first_epoch", first_epoch, 0, 2**32)
+        if not once and self._num_watches[name.project] >= _MAX_PROJECT_WATCHES:
+            raise ResourceExhaustedError(
+                f"this server already has {_MAX_PROJECT_WATCHES} watching experiments of project {name.project!r}, as "
+                "many as it takes: look once, or try again when one has left"
+            )
+        deadline_s = time.monotonic() + _WATCH_S
+        with contextlib.nullcontext() if once else _counted(self._num_watches, name.project):
+            while True:
+                head = await self._head(name, uid)
+                uid = head.uid
+                status, ranks = await self._store.status(head), await self._store.progress(head)
+                epochs = await self._store.past_epochs(head, min(first_epoch, head.epoch))
+                yield Watched(status, ranks, epochs)
+                first_epoch = head.epoch
+                if once or head.state == "finished" or time.monotonic() > deadline_s:
+                    return
+                # A project's watches share so many looks a second, however many they are.
+                shared_s = self._num_watches[name.project] / _MAX_PROJECT_LOOKS_PER_S
+                await asyncio.sleep(max(interval_ms / 1000, shared_s))
 
     # What a request must match
 
@@ -604,6 +859,7 @@ class Experiments:
         refusal = await self._store.refusal(head, member)
         if refusal is not None:
             self._check_answer(refusal, head, member, "")
+        self._metrics.heard(name, uid, rank=member.rank, epoch=head.epoch, num_epochs=head.spec.num_epochs)
         return head
 
     @staticmethod
@@ -627,6 +883,18 @@ class Experiments:
                 raise EpochClosedError(f"plan {plan_id!r} has just been closed")
 
 
+@contextlib.contextmanager
+def _counted(counts: Counter[str], project: str) -> Iterator[None]:
+    """Count one of a project's calls while it lasts. Nothing is kept of a project that has none."""
+    counts[project] += 1
+    try:
+        yield
+    finally:
+        counts[project] -= 1
+        if not counts[project]:
+            del counts[project]
+
+
 def _gone(name: ExperimentName, uid: str) -> NotFoundError:
     if uid:
         return NotFoundError(
@@ -637,13 +905,6 @@ def _gone(name: ExperimentName, uid: str) -> NotFoundError:
         f"ref.name={name.name!r}: project {name.project!r} has no such experiment; create it, or list those there are",
         field="ref.name",
     )
-
-
-def _canonical(spec: ExperimentSpec, position: Position) -> Position:
-    """A position in the form that does not depend on where the head stands: an epoch's end is the next one's start."""
-    if position.epoch < spec.num_epochs and position.step == spec.shape(position.epoch).num_steps:
-        return Position(position.epoch + 1, 0)
-    return position
 
 
 def _started(head: Head) -> FailedPreconditionError:
@@ -662,3 +923,24 @@ def _superseded(head: Head, member: Member) -> SupersededError:
     return SupersededError(
         f"another process has joined run {head.run_id!r} of experiment {head.name.name!r} as rank {member.rank}"
     )
+
+
+def _check_in_order(field: str, first_sample: int, num_rows: int, done: int, num_samples: int) -> None:
+    """Raises InvalidValue unless a message's columns are of the samples that follow, and of no more than there are."""
+    if first_sample != done:
+        raise InvalidValue("first_sample", first_sample, f"{done:,}: samples come in order, from 0 on")
+    if num_rows > num_samples - done:
+        raise InvalidValue(field, f"{num_rows:,} samples", f"at most the {num_samples - done:,} that are left")
+
+
+def _is_stage(spec: ExperimentSpec, head: Head) -> bool:
+    """Whether an experiment has this spec, or had it or will have it as its dataset grows."""
+    first, last = head.birth_spec, head.extended_spec
+    if spec in (first, last):
+        return True
+    if not first.num_samples <= spec.num_samples <= last.num_samples:
+        return False
+    same = {"num_samples": last.num_samples, "shard_sizes": last.shard_sizes}
+    same["shuffle_block_samples"] = last.shuffle_block_samples
+    is_prefix = spec.shard_sizes == last.shard_sizes[: len(spec.shard_sizes)]
+    return is_prefix and dataclasses.replace(spec, **cast(Any, same)) == last

@@ -21,9 +21,21 @@ CHANGES = "evosample:changes"
 PROBE = "evosample:probe"
 
 
+# Hash: id of a token -> what is known of it, as JSON.
+TOKENS = "evosample:{tokens}"
+
+# String: what is written to see whether replicas have a token; gone in a moment.
+TOKENS_REPLICATED = "evosample:{tokens}:replicated"
+
+
 def names(project: str) -> str:
     """Sorted set: the names of a project's experiments."""
     return f"evosample:{{{project}}}:experiments"
+
+
+def samples(project: str) -> str:
+    """Hash: name -> num_samples of a project's experiments; "num_samples time_s" of one that was to be made then."""
+    return f"evosample:{{{project}}}:samples"
 
 
 def head(name: ExperimentName) -> str:
@@ -48,9 +60,9 @@ class ExperimentKeys:
 
     @property
     def head(self) -> str:
-        """Hash: uid (none: it was deleted), birth_uid, spec, state, epoch, plan_id, table_checksum, generation, run_id,
-        world_size, run_position, first_step, straggler_timeout_ms, finish_began_ms (when the first rank finished the
-        epoch; 0: none has) and create_time.
+        """Hash: uid (none: it was deleted), birth_uid, spec, state, epoch, plan_id, table_checksum, num_steps,
+        num_hidden_steps, generation, run_id, world_size, run_position, first_step, straggler_timeout_ms,
+        finish_began_ms (when the first rank finished the epoch; 0: none has) and create_time.
         """
         return head(self.name)
 
@@ -90,6 +102,16 @@ class ExperimentKeys:
         return self._key("pins")
 
     @property
+    def progress(self) -> str:
+        """Hash: rank -> generation, epoch, step, time in milliseconds and mean loss of its latest report."""
+        return self._key("progress")
+
+    @property
+    def history(self) -> str:
+        """Hash: epoch -> summary of what it has come to, an `EpochSummary` message; of the latest ones."""
+        return self._key("history")
+
+    @property
     def turn_lock(self) -> str:
         """String: the token of whoever is planning the next epoch."""
         return self._key("turn")
@@ -102,6 +124,6 @@ class ExperimentKeys:
         """String: one block of a column of a plan."""
         return self._key(plan_id, column, block)
 
-    def losses(self, plan_id: str, generation: int, rank: int, block: int) -> str:
-        """String: one block of the losses that a rank of a generation reported, in its part's order."""
-        return self._key(plan_id, "loss", f"g{generation}", f"r{rank}", block)
+    def reported(self, plan_id: str, column: str, generation: int, rank: int, block: int) -> str:
+        """String: one block of a column that a rank of a generation reported, in its part's order."""
+        return self._key(plan_id, column, f"g{generation}", f"r{rank}", block)

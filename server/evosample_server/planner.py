@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from weakref import WeakValueDictionary
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
+from opentelemetry import trace
 from redis.exceptions import RedisError
 
-from evosample.errors import EpochClosedError
-from evosample.sampling import Scores, Table, count_new, fold_epoch, initial_scores, plan_epoch, table_checksum
+from evosample.errors import EpochClosedError, FailedPreconditionError
+from evosample.sampling import (
+    POLICIES,
+    EpochSummary,
+    ExperimentSpec,
+    Groups,
+    GroupSummary,
+    InvalidValue,
+    Mixture,
+    Policy,
+    Scores,
+    Table,
+    count_new,
+    extended_scores,
+    fold_epoch,
+    group_sizes,
+    initial_scores,
+    plan_epoch,
+    summarize_epoch,
+    summarize_groups,
+    table_checksum,
+)
 from evosample.wire import ExperimentName, ExperimentState
+from evosample_server.metrics import Metrics
 from evosample_server.store import Head, RowCounts, Store
 
 _log = structlog.get_logger()
@@ -29,9 +55,11 @@ class Planner:
     was read: two planners at once, or one that dies half way or wakes up late, do no harm.
     """
 
-    def __init__(self, store: Store, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, store: Store, tasks: asyncio.TaskGroup, *, metrics: Metrics, tracer: trace.Tracer) -> None:
         self._store = store
         self._tasks = tasks
+        self._metrics = metrics
+        self._tracer = tracer
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
@@ -103,11 +131,18 @@ class Planner:
             if not await self._store.lock_turn(head, token, _LOCK_TTL_S):
                 return False
             renewal = asyncio.create_task(self._renew_lock(head, token))
+            outcome = "interrupted"
             try:
-                await self._turn(head)
+                with self._span("turn", project=head.name.project, experiment=head.name.name, epoch=head.epoch):
+                    outcome = "made" if await self._turn(head) else "overtaken"
             except EpochClosedError:  # another server has made it, and removed what it no longer needs
+                outcome = "overtaken"
                 return True
+            except Exception:
+                outcome = "failed"
+                raise
             finally:
+                self._metrics.turns.labels(outcome).inc()
                 renewal.cancel()
                 await self._store.unlock_turn(head, token)
         await self.announce(head.uid)
@@ -118,43 +153,120 @@ class Planner:
             await asyncio.sleep(_LOCK_TTL_S / 3)
             await self._store.lock_turn(head, token, _LOCK_TTL_S)
 
-    async def _turn(self, head: Head) -> None:
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[None]:
+        with self._span(phase), self._metrics.turn_seconds.labels(phase).time():
+            yield
+
+    def _span(self, name: str, **attributes: str | int) -> AbstractContextManager[trace.Span]:
+        named = {f"evosample.{name}": value for name, value in attributes.items()}
+        return self._tracer.start_as_current_span(name, attributes=named)
+
+    async def _turn(self, head: Head) -> bool:
+        """Make the turn; False if another got there first."""
         store, spec = self._store, head.spec
         epoch, plan_id = head.epoch, head.plan_id
         table_before: Table | None = None
+        folded: EpochSummary | None = None
+        next_spec = self.next_spec(head)
+        groups, mixture = await self._read_groups(head, plan_id, next_spec.num_samples)
         is_replan = head.state == "unplanned" and bool(plan_id)  # someone went back to an epoch that kept its scores
         if is_replan:
-            scores, row_counts = (
-                await store.read_scores(head, plan_id),
-                (await store.plan_info(head, plan_id)).row_counts,
-            )
+            next_spec = spec
+            with self._phase("read"):
+                scores = await store.read_scores(head, plan_id)
+                row_counts = (await store.plan_info(head, plan_id)).row_counts
         else:
             plan_id = secrets.token_hex(8)
             if head.state == "unplanned":
-                scores, row_counts = await asyncio.to_thread(initial_scores, spec.num_samples), RowCounts()
+                scores, row_counts = (
+                    await asyncio.to_thread(initial_scores, spec.num_samples, spec.policy.columns),
+                    RowCounts(),
+                )
             else:
-                losses = await store.read_losses(head)
-                prior = await store.read_scores(head, head.plan_id)
-                table_before = await store.read_table(head, 0, len(losses))
-                scores, counts = await asyncio.to_thread(fold_epoch, spec, prior, table_before.sample_ids, losses)
-                so_far = (await store.plan_info(head, head.plan_id)).row_counts
-                row_counts = RowCounts(*(before + new for before, new in zip(so_far, counts, strict=True)))
+                with self._phase("read"):
+                    report = await store.read_report(head)
+                    prior = await store.read_scores(head, head.plan_id)
+                    table_before = await store.read_table(head, 0, len(report.losses))
+                    so_far = (await store.plan_info(head, head.plan_id)).row_counts
+                with self._phase("fold"), _blaming(spec.policy):
+                    scores, counts = await asyncio.to_thread(fold_epoch, spec, prior, table_before.sample_ids, report)
+                    by_group: tuple[GroupSummary, ...] = ()
+                    if groups is not None:
+                        ids = table_before.sample_ids
+                        by_group = await asyncio.to_thread(
+                            summarize_groups, spec, groups.of_first(spec.num_samples), mixture, ids, report.losses
+                        )
+                    summarize = functools.partial(summarize_epoch, trained_before=so_far.trained_rows, groups=by_group)
+                    folded = await asyncio.to_thread(summarize, epoch, head.shape, report.losses, counts, scores)
+                if mixture is not None and spec.mixture is not None:
+                    excess = np.array([group.excess_loss for group in by_group])
+                    mixture = spec.mixture.next_weights(mixture, excess)
+                row_counts = RowCounts(
+                    *(before + new for before, new in zip(so_far, (*counts, head.shape.num_trained), strict=True))
+                )
                 epoch += 1
-            if not await store.register_plan(head, plan_id, epoch) or not await store.write_scores(
-                head, plan_id, scores
-            ):
-                return
-        await self._plan(head, epoch, plan_id, scores, row_counts, table_before=table_before)
+            scores = await asyncio.to_thread(extended_scores, scores, next_spec.num_samples, spec.policy.columns)
+            if not await self._write_scores(head, plan_id, epoch, scores):
+                return False
+        if groups is not None:
+            groups = groups.of_first(next_spec.num_samples)
+        return await self._plan(
+            head,
+            epoch,
+            plan_id,
+            scores,
+            row_counts,
+            next_spec,
+            groups,
+            mixture,
+            table_before=table_before,
+            folded=folded,
+        )
 
-    async def import_scores(self, head: Head, scores: Scores) -> bool:
-        """Put scores in the place of those an experiment starts with; False if its head has changed meanwhile."""
-        plan_id = secrets.token_hex(8)
-        is_registered = await self._store.register_plan(head, plan_id, head.epoch)
-        if not is_registered or not await self._store.write_scores(head, plan_id, scores):
+    @staticmethod
+    def next_spec(head: Head) -> ExperimentSpec:
+        """The spec of the next epoch to be planned: with the samples that were added, once their groups are known."""
+        if head.groups_spec is None or head.groups_size >= head.extended_spec.num_samples:
+            return head.extended_spec
+        return max(head.groups_spec, head.spec, key=lambda spec: spec.num_samples)
+
+    async def _read_groups(
+        self, head: Head, plan_id: str, num_samples: int
+    ) -> tuple[Groups | None, NDArray[np.float64] | None]:
+        """The groups of so many samples, and the mixture that a plan was made with, or that the first one is made with.
+
+        None where there is no such thing.
+        """
+        if not head.groups_id:
+            return None, None
+        with self._phase("read"):
+            groups = await self._store.read_groups(head, num_samples)
+            mixture = (await self._store.plan_info(head, plan_id)).mixture if plan_id else None
+        spec = head.spec
+        is_by_size = spec.mixture == Mixture()  # of the groups as they are now
+        if (mixture is None or is_by_size) and groups is not None and spec.mixture is not None:
+            mixture = spec.mixture.first_weights(group_sizes(groups.ids, spec.num_groups))
+        return groups, mixture
+
+    async def plan_first(self, head: Head, scores: Scores, *, is_imported: bool) -> bool:
+        """Plan an experiment's first epoch anew, from these scores; False if its head has changed meanwhile."""
+        plan_id, spec = secrets.token_hex(8), self.next_spec(head)
+        scores = await asyncio.to_thread(extended_scores, scores, spec.num_samples, spec.policy.columns)
+        if not await self._write_scores(head, plan_id, head.epoch, scores):
             return False
-        is_committed = await self._plan(head, head.epoch, plan_id, scores, RowCounts(), is_imported=True)
+        groups, mixture = await self._read_groups(head, "", spec.num_samples)
+        is_committed = await self._plan(
+            head, head.epoch, plan_id, scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
+        )
         await self.announce(head.uid)
         return is_committed
+
+    async def _write_scores(self, head: Head, plan_id: str, epoch: int, scores: Scores) -> bool:
+        """Begin a plan with its scores; False if the experiment is gone, or the plan was collected meanwhile."""
+        with self._phase("write_scores"):
+            is_registered = await self._store.register_plan(head, plan_id, epoch)
+            return is_registered and await self._store.write_scores(head, plan_id, scores)
 
     async def _plan(
         self,
@@ -163,39 +275,69 @@ class Planner:
         plan_id: str,
         scores: Scores,
         row_counts: RowCounts,
+        spec: ExperimentSpec,
+        groups: Groups | None,
+        mixture: NDArray[np.float64] | None,
         *,
         table_before: Table | None = None,
+        folded: EpochSummary | None = None,
         is_imported: bool = False,
     ) -> bool:
         """Write the table of `epoch` beside its scores, and move the head to it; False if another got there first."""
-        store, spec = self._store, head.spec
+        store = self._store
         is_last = epoch == spec.num_epochs
         crc = 0
-        new_rows = None
+        new_rows = shape = None
         if not is_last:
-            table = await asyncio.to_thread(plan_epoch, spec, epoch, scores)
-            if not await store.write_table(head, plan_id, table):
-                return False
-            crc = await asyncio.to_thread(table_checksum, *table)
-            if table_before is not None:
-                new_rows = await asyncio.to_thread(
-                    count_new, spec.num_samples, table_before.sample_ids, table.sample_ids
-                )
+            with self._phase("plan"), _blaming(spec.policy):
+                table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
+                crc = await asyncio.to_thread(table_checksum, *table)
+                if table_before is not None:
+                    new_rows = await asyncio.to_thread(
+                        count_new, spec.num_samples, table_before.sample_ids, table.sample_ids
+                    )
+            with self._phase("write_table"):
+                if not await store.write_table(head, plan_id, table):
+                    return False
         state: ExperimentState = "finished" if is_last else "open"
-        if not await store.commit(
-            head,
-            epoch=epoch,
-            plan_id=plan_id,
-            state=state,
-            table_checksum=crc,
-            row_counts=row_counts,
-            new_rows=new_rows,
-            is_imported=is_imported,
-        ):
+        with self._phase("commit"):
+            is_committed = await store.commit(
+                head,
+                epoch=epoch,
+                plan_id=plan_id,
+                state=state,
+                table_checksum=crc,
+                spec=spec,
+                shape=shape,
+                row_counts=row_counts,
+                new_rows=new_rows,
+                mixture=mixture,
+                folded=folded,
+                is_imported=is_imported,
+            )
+        if not is_committed:
             await store.collect(head, lost_plan=plan_id)
             return False
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)
         if current is not None and current.uid == head.uid:
-            await store.collect(current)
+            with self._phase("collect"):
+                await store.collect(current)
         return True
+
+
+@contextmanager
+def _blaming(policy: Policy) -> Iterator[None]:
+    """Say whose fault it is if a policy of another package fails."""
+    try:
+        yield
+    except InvalidValue:
+        raise
+    except Exception as error:
+        if type(policy) in POLICIES.values():
+            raise
+        _log.exception("a policy has failed", policy=type(policy).__name__)
+        raise FailedPreconditionError(
+            f"the policy {type(policy).__name__} has failed: {error!r}. The server's log has the traceback; a policy's "
+            "methods are pure functions on arrays, which can be tried without a server"
+        ) from error

@@ -3,61 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import AsyncIterator, Callable
-from functools import wraps
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import numpy as np
 
-from evosample.errors import UnavailableError, UnimplementedError
+from evosample.errors import UnavailableError
 from evosample.sampling import Table
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import (
-    DEFAULT_PROJECT,
     Position,
     column_bytes,
     name_from_proto,
     spec_from_proto,
     status_to_proto,
+    watched_to_proto,
 )
-from evosample_server import status
-from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments, ScoreRows
+from evosample_server.access import audit
+from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments, GroupRows, ScoreRows
 from evosample_server.store import Member
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def _translated(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer with the status of whatever a unary or a streaming method raises."""
-
-    async def fail(error: Exception, context: Context) -> None:
-        if isinstance(error, grpc.aio.AbortError):
-            raise error
-        await context.abort_with_status(status.to_grpc(error))
-
-    if inspect.isasyncgenfunction(method):
-
-        @wraps(method)
-        async def streaming(self: Any, request: Any, context: Context) -> AsyncIterator[Any]:
-            try:
-                async for response in method(self, request, context):
-                    yield response
-            except Exception as error:  # noqa: BLE001  # the boundary: everything becomes a status
-                await fail(error, context)
-
-        return streaming
-
-    @wraps(method)
-    async def unary(self: Any, request: Any, context: Context) -> Any:
-        try:
-            return await method(self, request, context)
-        except Exception as error:  # noqa: BLE001  # the boundary: everything becomes a status
-            await fail(error, context)
-
-    return unary
 
 
 def _member(message: pb.Member) -> Member:
@@ -71,31 +39,28 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         self._experiments = experiments
         self._stopping = stopping
 
-    @_translated
     async def CreateExperiment(self, request: pb.CreateExperimentRequest, context: Context) -> Any:
         created = await self._experiments.create(
             name_from_proto(request.ref), request.ref.uid, spec_from_proto(request.spec)
         )
         return pb.CreateExperimentResponse(experiment=status_to_proto(created))
 
-    @_translated
     async def GetExperiment(self, request: pb.GetExperimentRequest, context: Context) -> Any:
         found = await self._experiments.get(name_from_proto(request.ref), request.ref.uid)
         return pb.GetExperimentResponse(experiment=status_to_proto(found))
 
-    @_translated
     async def ListExperiments(self, request: pb.ListExperimentsRequest, context: Context) -> Any:
         page, next_page_token = await self._experiments.list_page(
-            request.project or DEFAULT_PROJECT, request.page_size, request.page_token
+            request.project, request.page_size, request.page_token
         )
         return pb.ListExperimentsResponse(experiments=map(status_to_proto, page), next_page_token=next_page_token)
 
-    @_translated
     async def DeleteExperiment(self, request: pb.DeleteExperimentRequest, context: Context) -> Any:
-        await self._experiments.delete(name_from_proto(request.ref), request.ref.uid)
+        name = name_from_proto(request.ref)
+        await self._experiments.delete(name, request.ref.uid)
+        audit("delete experiment", **name._asdict())
         return pb.DeleteExperimentResponse()
 
-    @_translated
     async def JoinRun(self, request: pb.JoinRunRequest, context: Context) -> Any:
         joined = await self._experiments.join(
             name_from_proto(request.ref),
@@ -117,7 +82,6 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             unreported_rows=joined.unreported_rows,
         )
 
-    @_translated
     async def StreamEpoch(self, request: pb.StreamEpochRequest, context: Context) -> Any:
         events = self._experiments.stream(
             name_from_proto(request.member.ref),
@@ -151,7 +115,6 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         finally:
             stopping.cancel()
 
-    @_translated
     async def ReportLosses(self, request: pb.ReportLossesRequest, context: Context) -> Any:
         num_non_finite = await self._experiments.report(
             name_from_proto(request.member.ref),
@@ -161,10 +124,11 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             first_step=request.first_step,
             num_steps=request.num_steps,
             losses=request.losses,
+            columns=request.columns,
+            chosen=request.chosen,
         )
         return pb.ReportLossesResponse(non_finite_losses=num_non_finite)
 
-    @_translated
     async def SelectMiniBatch(self, request: pb.SelectMiniBatchRequest, context: Context) -> Any:
         mini_batch, num_non_finite = await self._experiments.select(
             name_from_proto(request.member.ref),
@@ -173,6 +137,7 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             plan_id=request.plan_id,
             step=request.step,
             losses=request.losses,
+            columns=request.columns,
         )
         return pb.SelectMiniBatchResponse(
             positions=column_bytes(mini_batch.positions.astype(np.uint32)),
@@ -180,7 +145,6 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             non_finite_losses=num_non_finite,
         )
 
-    @_translated
     async def FinishEpoch(self, request: pb.FinishEpochRequest, context: Context) -> Any:
         finish = await self._experiments.finish(
             name_from_proto(request.member.ref),
@@ -194,18 +158,17 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
         missing_steps = [pb.StepRange(first_step=first, num_steps=count) for first, count in finish.missing_steps]
         return pb.FinishEpochResponse(missing_steps=missing_steps, waiting_for_ranks=finish.waiting_for_ranks)
 
-    @_translated
     async def ForceFinishEpoch(self, request: pb.ForceFinishEpochRequest, context: Context) -> Any:
-        skipped = await self._experiments.force_finish(name_from_proto(request.ref), request.ref.uid, request.epoch)
+        name = name_from_proto(request.ref)
+        skipped = await self._experiments.force_finish(name, request.ref.uid, request.epoch)
+        audit("end epoch", **name._asdict(), epoch=request.epoch, skipped_ranks=skipped)
         return pb.ForceFinishEpochResponse(skipped_ranks=skipped)
 
-    @_translated
     async def PinEpoch(self, request: pb.PinEpochRequest, context: Context) -> Any:
         epoch = request.epoch if request.HasField("epoch") else None
         await self._experiments.pin(name_from_proto(request.ref), request.ref.uid, request.pin, epoch)
         return pb.PinEpochResponse()
 
-    @_translated
     async def ImportScores(self, request: AsyncIterator[pb.ImportScoresRequest], context: Context) -> Any:
         first = await anext(request, pb.ImportScoresRequest())
 
@@ -214,40 +177,72 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             async for message in request:
                 yield _score_rows(message)
 
-        ref = first.ref
-        await self._experiments.import_scores(name_from_proto(ref), ref.uid, first.num_samples, columns())
+        name = name_from_proto(first.ref)
+        await self._experiments.import_scores(name, first.ref.uid, first.num_samples, columns())
+        audit("import scores", **name._asdict())
         return pb.ImportScoresResponse()
 
-    @_translated
+    async def SetGroups(self, request: AsyncIterator[pb.SetGroupsRequest], context: Context) -> Any:
+        first = await anext(request, pb.SetGroupsRequest())
+
+        async def columns() -> AsyncIterator[GroupRows]:
+            yield GroupRows(first.first_sample, first.groups, first.reference_losses)
+            async for message in request:
+                yield GroupRows(message.first_sample, message.groups, message.reference_losses)
+
+        name = name_from_proto(first.ref)
+        await self._experiments.set_groups(name, first.ref.uid, first.num_samples, columns())
+        audit("set groups", **name._asdict())
+        return pb.SetGroupsResponse()
+
+    async def ExtendDataset(self, request: pb.ExtendDatasetRequest, context: Context) -> Any:
+        name = name_from_proto(request.ref)
+        await self._experiments.extend(name, request.ref.uid, request.num_samples, tuple(request.shard_sizes))
+        audit("extend dataset", **name._asdict())
+        return pb.ExtendDatasetResponse()
+
     async def ExportScores(self, request: pb.ExportScoresRequest, context: Context) -> Any:
         rows = self._experiments.export(
             name_from_proto(request.ref),
             request.ref.uid,
             request.epoch if request.HasField("epoch") else None,
         )
-        async for epoch, first_sample, scores in rows:
+        async for epoch, first_sample, scores, groups in rows:
             yield pb.ExportScoresResponse(
                 epoch=epoch,
                 first_sample=first_sample,
                 scores=column_bytes(scores.scores),
                 sampling_weights=column_bytes(scores.sampling_weights),
                 num_visits=column_bytes(scores.num_visits),
+                staleness=column_bytes(scores.staleness),
+                num_chosen=column_bytes(scores.num_chosen),
+                chosen_staleness=column_bytes(scores.chosen_staleness),
+                columns={column: column_bytes(values) for column, values in scores.columns.items()},
+                groups=b"" if groups is None else column_bytes(groups),
             )
 
-    @_translated
     async def WatchExperiment(self, request: pb.WatchExperimentRequest, context: Context) -> Any:
-        raise UnimplementedError("WatchExperiment is not implemented yet: poll GetExperiment")
+        figures = self._experiments.watch(
+            name_from_proto(request.ref),
+            request.ref.uid,
+            interval_ms=request.interval_ms or 1000,
+            first_epoch=request.first_epoch,
+            once=request.once,
+        )
+        async for watched in self._until_stopping(figures):
+            yield watched_to_proto(watched)
 
 
 def _score_rows(message: pb.ImportScoresRequest) -> ScoreRows:
-    return ScoreRows(message.first_sample, message.scores, message.sampling_weights, message.num_visits)
+    columns = dict(message.columns)
+    return ScoreRows(message.first_sample, message.scores, message.sampling_weights, message.num_visits, columns)
 
 
 def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochResponse:
     match event:
         case EpochWait(waiting_for_ranks):
             return pb.StreamEpochResponse(wait=pb.EpochWait(waiting_for_ranks=waiting_for_ranks))
-        case EpochStart(plan_id, shape, table_checksum, new_rows, skipped_ranks):
+        case EpochStart(plan_id, shape, table_checksum, new_rows, skipped_ranks, learning_rate_factor):
             return pb.StreamEpochResponse(
                 start=pb.EpochStart(
                     plan_id=plan_id,
@@ -257,6 +252,9 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
                     table_checksum=table_checksum,
                     new_rows=new_rows,
                     skipped_ranks=skipped_ranks,
+                    selecting_interval=shape.selecting_interval,
+                    num_hidden_steps=shape.num_hidden_steps,
+                    learning_rate_factor=learning_rate_factor,
                 )
             )
         case EpochRows(first_step, Table(sample_ids, prior_scores, importance_weights)):

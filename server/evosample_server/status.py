@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -21,6 +22,9 @@ from evosample.errors import (
 from evosample.sampling import InvalidValue
 
 _log = structlog.get_logger()
+
+REQUEST_ID_KEY = "x-request-id"
+"""Of the metadata entry that names a call."""
 
 # It travels three times over, once in an encoding of up to three bytes each, and gRPC refuses trailers over 8 KiB.
 _MAX_MESSAGE_BYTES = 1_200
@@ -47,7 +51,13 @@ def to_domain(error: Exception) -> EvosampleError:
             return UnavailableError(f"the server can't use its store: {error}")
         case _:
             _log.error("unexpected error", exc_info=error)
-            return InternalError(f"unexpected {type(error).__name__}; the server's log has the cause")
+            where = f"request_id={request_id}" if (request_id := _request_id()) else "this time"
+            return InternalError(f"unexpected {type(error).__name__}; the server's log has the cause, at {where}")
+
+
+def _request_id() -> str:
+    """What the call is known by that is being answered; empty outside of calls."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
 
 
 def _is_out_of_memory(error: redis_errors.ResponseError) -> bool:
@@ -99,5 +109,6 @@ def to_grpc(error: Exception) -> grpc.Status:
     else:
         detail.Pack(error_details_pb2.ErrorInfo(reason=domain.reason, domain="evosample"))
     code: int = grpc.StatusCode[domain.code].value[0]
-    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[detail]))
-    return status
+    status: Any = rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[detail]))
+    metadata = (*status.trailing_metadata, (REQUEST_ID_KEY, _request_id()))
+    return cast(grpc.Status, status._replace(trailing_metadata=metadata))

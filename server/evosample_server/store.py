@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import hashlib
 import importlib.resources
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,22 +19,49 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import structlog
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from evosample.errors import DataLossError, EpochClosedError, FailedPreconditionError
-from evosample.sampling import ExperimentSpec, Scores, Table, loss_bits, losses_of_bits, part, sample_id_dtype
+from evosample.sampling import (
+    DoReMi,
+    EpochShape,
+    EpochSummary,
+    ExperimentSpec,
+    Groups,
+    Report,
+    Scores,
+    Table,
+    loss_bits,
+    losses_of_bits,
+    part,
+    sample_id_dtype,
+)
 from evosample.v1 import selection_pb2 as pb
-from evosample.wire import ExperimentName, ExperimentState, ExperimentStatus, Position, spec_from_proto, spec_to_proto
+from evosample.wire import (
+    ExperimentName,
+    ExperimentState,
+    ExperimentStatus,
+    PastEpoch,
+    Position,
+    RankProgress,
+    past_epoch_from_proto,
+    past_epoch_to_proto,
+    spec_from_proto,
+    spec_to_proto,
+)
 from evosample_server import keys
 from evosample_server.keys import BLOCK_ROWS, ExperimentKeys
+from evosample_server.metrics import Metrics
 
 _log = structlog.get_logger()
 
 _SCRIPTS = (
+    "reserve",
+    "unlist",
     "create",
     "register",
     "write",
@@ -44,17 +72,31 @@ _SCRIPTS = (
     "pin",
     "commit",
     "retire",
+    "set_groups",
+    "extend",
     "unlink_table",
     "delete",
     "forget",
+    "progress",
 )
 _SCRIPTS_OF_MEMBERS = ("report", "finish")  # they begin with member.lua
 _MAX_PINS = 16
+_RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _LISTEN_TIMEOUT_S = 10.0
 _REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
-_SCORE_COLUMNS = ("score", "sampling_weight", "num_visits")
+_SCORE_COLUMNS: dict[str, DTypeLike] = {
+    "score": np.float32,
+    "sampling_weight": np.float32,
+    "num_visits": np.uint32,
+    "staleness": np.uint8,
+    "num_chosen": np.uint16,
+    "chosen_staleness": np.uint8,
+}  # in the order of Scores; a policy's own follow as policy:<name>
+_GROUP_COLUMNS = ("group", "reference_loss")  # in the order of Groups
+_KEPT_SUMMARIES = 1_000
+_KEPT_GROUP_SUMMARIES = 50_000  # of all kept epochs together: a message holds them
 
 
 @dataclass(frozen=True)
@@ -73,7 +115,27 @@ class Head:
     first_step: int
     straggler_timeout_ms: int
     table_checksum: int
+    num_steps: int
+    num_hidden_steps: int
+    groups_id: str
+    groups_size: int
+    groups_digest: str
+    groups_spec: ExperimentSpec | None
+    birth_spec: ExperimentSpec
+    next_spec: ExperimentSpec | None
     create_time: datetime.datetime
+
+    @property
+    def shape(self) -> EpochShape:
+        """Sizes of the current epoch, as it was planned."""
+        return dataclasses.replace(
+            self.spec.shape(self.epoch), num_steps=self.num_steps, num_hidden_steps=self.num_hidden_steps
+        )
+
+    @property
+    def extended_spec(self) -> ExperimentSpec:
+        """The spec with all samples that were added, be they planned with or not yet."""
+        return self.spec if self.next_spec is None else self.next_spec
 
     @property
     def keys(self) -> ExperimentKeys:
@@ -98,6 +160,7 @@ class RowCounts(NamedTuple):
     visited_rows: int = 0
     non_finite_rows: int = 0
     unreported_rows: int = 0
+    trained_rows: int = 0
 
 
 class PlanGeneration(NamedTuple):
@@ -115,6 +178,19 @@ class PlanInfo(NamedTuple):
     generations: tuple[PlanGeneration, ...]
     new_rows: int | None
     skipped_ranks: tuple[int, ...]
+    num_steps: int
+    mixture: NDArray[np.float64] | None
+    groups_id: str
+
+
+class _Steps(NamedTuple):
+    """Consecutive steps of the part of a generation's rank."""
+
+    plan_id: str
+    generation: int
+    rank: int
+    first_step: int
+    num_steps: int
 
 
 class _Block(NamedTuple):
@@ -138,6 +214,38 @@ def _blocks(first: int, count: int) -> list[_Block]:
     ]
 
 
+async def replicated(redis: Redis | RedisCluster, key: str) -> None:
+    """Return once a replica has all that was written to the node of a key, if there is one; for a second at most.
+
+    Args:
+        redis: the client that has written it.
+        key: what is written to find out, and gone in a moment.
+    """
+    timeout_ms = int(1000 * _REPLICATION_TIMEOUT_S)
+    try:
+        async with asyncio.timeout(2 * _REPLICATION_TIMEOUT_S):
+            target: dict[str, Any] = {}
+            if isinstance(redis, RedisCluster):
+                target = {"target_nodes": redis.get_node_from_key(key)}
+            if not (await cast(Any, redis).info("replication", **target)).get("connected_slaves"):
+                return
+            pipeline: Any = redis.pipeline(transaction=False)  # WAIT waits for what its own connection has written
+            pipeline.set(key, 1, px=timeout_ms)
+            pipeline.execute_command("WAIT", 1, timeout_ms, **target)
+            cause = "" if (await pipeline.execute())[1] else "none has confirmed it"
+    except ResponseError as error:  # managed services hide some commands
+        _log.debug("cannot wait for replicas", cause=str(error))
+        return
+    except (RedisError, RedisClusterException, TimeoutError) as error:
+        cause = str(error) or "no answer"
+    if cause:
+        _log.warning("a commit may not be on a replica yet", key=key, cause=cause)
+
+
+def _bytes_of(spec: ExperimentSpec) -> bytes:
+    return spec_to_proto(spec).SerializeToString(deterministic=True)
+
+
 @lru_cache(maxsize=256)
 def _spec(data: bytes) -> ExperimentSpec:
     return spec_from_proto(pb.ExperimentSpec.FromString(data))
@@ -150,26 +258,38 @@ class Store:
         redis: a client of one server or of a cluster, that does not decode responses.
         retain_epochs: epochs whose scores and losses are kept, the current one counted.
         cache_bytes: bound of the memory that holds blocks of columns.
+        metrics: where commands are timed, and blocks found in memory counted.
     """
 
-    def __init__(self, redis: Redis | RedisCluster, *, retain_epochs: int, cache_bytes: int) -> None:
+    def __init__(self, redis: Redis | RedisCluster, *, retain_epochs: int, cache_bytes: int, metrics: Metrics) -> None:
         self._redis = redis
         self._retain_epochs = retain_epochs
         self._cache = _BlockCache(cache_bytes)
+        self._metrics = metrics
+        metrics.cache_bytes.set_function(lambda: self._cache.num_bytes)
         folder = importlib.resources.files(__package__) / "scripts"
         texts = {name: (folder / f"{name}.lua").read_text() for name in _SCRIPTS}
         member = (folder / "member.lua").read_text()
         texts |= {name: member + texts[name] for name in _SCRIPTS_OF_MEMBERS}
         self._scripts = {name: (hashlib.sha1(text.encode()).hexdigest(), text) for name, text in texts.items()}  # noqa: S324  # what Redis calls a script by
+        # What all commands go through, but for pipelines and subscriptions.
+        cast(Any, redis).execute_command = self._timed(redis.execute_command)
+
+    def _timed(self, execute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        script_names = {digest: name for name, (digest, _) in self._scripts.items()}
+
+        async def execute_command(command: str, *args: Any, **options: Any) -> Any:
+            label = script_names[args[0]] if command == "EVALSHA" else command.lower()
+            with self._metrics.store_seconds.labels(label).time():
+                return await execute(command, *args, **options)
+
+        return execute_command
 
     async def check(self) -> None:
         """Raises if Redis does not answer, or would throw data away when its memory is full."""
         await cast(Any, self._redis.ping())
         await self._check_is_no_lone_node()
-        targets: list[dict[str, Any]] = [{}]
-        if isinstance(self._redis, RedisCluster):
-            targets = [{"target_nodes": node} for node in self._redis.get_primaries()]
-        for target in targets:
+        for target in self._primaries():
             try:
                 config = await cast(Any, self._redis).config_get("maxmemory-policy", **target)
             except ResponseError:  # managed services hide CONFIG
@@ -203,6 +323,17 @@ class Store:
     async def probe(self) -> None:
         """Raises RedisError if the store does not take writes now."""
         await self._redis.set(keys.PROBE, 1, px=_PROBE_TTL_MS)
+
+    async def used_memory_bytes(self) -> int:
+        """Memory that the store uses, over all primaries of a cluster."""
+        found = [await cast(Any, self._redis).info("memory", **target) for target in self._primaries()]
+        return sum(int(memory["used_memory"]) for memory in found)
+
+    def _primaries(self) -> list[dict[str, Any]]:
+        """For each node that takes writes what names it in a command."""
+        if isinstance(self._redis, RedisCluster):
+            return [{"target_nodes": node} for node in self._redis.get_primaries()]
+        return [{}]
 
     async def announce(self, uid: str) -> None:
         """Tell all servers that an experiment's head has changed. They would find out by themselves, only later."""
@@ -252,6 +383,14 @@ class Store:
             first_step=int(fields[b"first_step"]),
             straggler_timeout_ms=int(fields[b"straggler_timeout_ms"]),
             table_checksum=int(fields[b"table_checksum"]),
+            num_steps=int(fields[b"num_steps"]),
+            num_hidden_steps=int(fields[b"num_hidden_steps"]),
+            groups_id=fields.get(b"groups_id", b"").decode(),
+            groups_size=int(fields.get(b"groups_size", 0)),
+            groups_digest=fields.get(b"groups_digest", b"").decode(),
+            groups_spec=_spec(fields[b"groups_spec"]) if b"groups_spec" in fields else None,
+            birth_spec=_spec(fields.get(b"birth_spec", fields[b"spec"])),
+            next_spec=_spec(fields[b"next_spec"]) if b"next_spec" in fields else None,
             create_time=datetime.datetime.fromtimestamp(int(fields[b"create_time"]), datetime.UTC),
         )
 
@@ -273,6 +412,8 @@ class Store:
             create_time=head.create_time,
             retained_epochs=tuple(await self.retained_epochs(head)),
             pins={pin.decode(): int(epoch) for pin, epoch in sorted(pins.items())},
+            num_steps=head.num_steps if head.state in ("open", "sealed") else 0,
+            extended_num_samples=0 if head.next_spec is None else head.next_spec.num_samples,
             **counts._asdict(),
         )
 
@@ -283,7 +424,7 @@ class Store:
         fields: dict[str, Any] = {
             "uid": uid,
             "birth_uid": uid,
-            "spec": spec_to_proto(spec).SerializeToString(deterministic=True),
+            "spec": _bytes_of(spec),
             "state": "unplanned",
             "epoch": 0,
             "plan_id": "",
@@ -294,13 +435,28 @@ class Store:
             "straggler_timeout_ms": 0,
             "finish_began_ms": 0,
             "table_checksum": 0,
+            "num_steps": 0,
+            "num_hidden_steps": 0,
             "create_time": int(time.time()),
         }
         await self._run("create", [keys.head(name)], (item for pair in fields.items() for item in pair))
         await self.replicated(name)
 
-    async def list_name(self, name: ExperimentName) -> None:
+    async def reserve(
+        self, name: ExperimentName, num_samples: int, *, max_experiments: int, max_project_samples: int
+    ) -> tuple[str, int]:
+        """Put a name without a head into its project's index if there is room: "reserved". Else what there is no room
+        for, "experiments" or "samples", and how many of it the project has.
+
+        Its head is to be made within a minute, and `list_name` called then.
+        """
+        args = [name.name, num_samples, max_experiments, max_project_samples, int(time.time())]
+        answer, count = await self._run("reserve", [keys.samples(name.project), keys.names(name.project)], args)
+        return answer.decode(), int(count)
+
+    async def list_name(self, name: ExperimentName, num_samples: int) -> None:
         """Put a name into its project's index. One without a head is mended by whoever lists it."""
+        await cast(Any, self._redis.hset(keys.samples(name.project), name.name, str(num_samples)))
         await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
 
     async def replicated(self, name: ExperimentName) -> None:
@@ -308,30 +464,7 @@ class Store:
 
         For a second at most: what is lost all the same is sent again by living clients.
         """
-        redis = cast(Any, self._redis)
-        timeout_ms = int(1000 * _REPLICATION_TIMEOUT_S)
-        try:
-            async with asyncio.timeout(2 * _REPLICATION_TIMEOUT_S):
-                target = {}
-                if isinstance(self._redis, RedisCluster):
-                    target = {"target_nodes": self._redis.get_node_from_key(keys.head(name))}
-                if not (await redis.info("replication", **target)).get("connected_slaves"):
-                    return
-                pipeline = redis.pipeline(transaction=False)  # WAIT waits for what its own connection has written
-                pipeline.set(keys.replicated(name), 1, px=timeout_ms)
-                pipeline.execute_command("WAIT", 1, timeout_ms, **target)
-                cause = "" if (await pipeline.execute())[1] else "none has confirmed it"
-        except ResponseError as error:  # managed services hide some commands
-            _log.debug("cannot wait for replicas", cause=str(error))
-            return
-        except (RedisError, RedisClusterException, TimeoutError) as error:
-            cause = str(error) or "no answer"
-        if cause:
-            _log.warning("a commit may not be on a replica yet", experiment=name.name, cause=cause)
-
-    async def count_names(self, project: str) -> int:
-        """How many experiments a project has."""
-        return cast(int, await cast(Any, self._redis.zcard(keys.names(project))))
+        await replicated(self._redis, keys.replicated(name))
 
     async def list_names(self, project: str, after: str, limit: int) -> list[str]:
         """Up to `limit` names of a project's experiments, in order, that come after `after`."""
@@ -340,10 +473,12 @@ class Store:
         return [name.decode() for name in found]
 
     async def forget_name(self, name: ExperimentName) -> None:
-        """Take a name without a head out of the index."""
-        await cast(Any, self._redis.zrem(keys.names(name.project), name.name))
-        if await self.head(name) is not None:  # created again in between
-            await cast(Any, self._redis.zadd(keys.names(name.project), {name.name: 0}))
+        """Take a name without a head out of the index, unless it was reserved just now."""
+        index = [keys.samples(name.project), keys.names(name.project)]
+        await self._run("unlist", index, [name.name, int(time.time()) - _RESERVED_S])
+        head = await self.head(name)
+        if head is not None:  # created again in between
+            await self.list_name(name, head.extended_spec.num_samples)
 
     async def delete(self, head: Head) -> bool:
         """Delete an experiment; False if it is gone already."""
@@ -355,14 +490,16 @@ class Store:
 
     async def _finish_deletion(self, name: ExperimentName) -> None:
         """Remove what a tombstone stands for. Repeating it does no harm, so it survives any crash."""
-        uid, birth_uid, spec = await cast(Any, self._redis.hmget(keys.head(name), "uid", "birth_uid", "spec"))
+        fields = ("uid", "birth_uid", "spec", "next_spec")
+        uid, birth_uid, spec, next_spec = await cast(Any, self._redis.hmget(keys.head(name), *fields))
         if uid is not None or birth_uid is None:
             return
         gone = ExperimentKeys(name, birth_uid.decode())
         for registry in (gone.plans, gone.doomed):
             for plan_id in await cast(Any, self._redis.hkeys(registry)):
-                await self._unlink_plan(gone, _spec(spec), plan_id.decode())
+                await self._unlink_plan(gone, _spec(next_spec or spec), plan_id.decode())
         rest = [gone.claims, gone.finished, gone.plans, gone.doomed, gone.epochs, gone.pins, gone.runs, gone.turn_lock]
+        rest += [gone.progress, gone.history]
         await self._run("forget", [gone.head, *rest], [gone.uid])
 
     async def join(
@@ -379,6 +516,7 @@ class Store:
         rejoining_as: Member | None,
         process_id: str,
         stored_claim: str,
+        target_plan_id: str,
     ) -> list[str]:
         """One atomic attempt to join; see join.lua for the answers."""
         experiment = head.keys
@@ -392,9 +530,10 @@ class Store:
             experiment.runs,
         ]
         at = f"{position.epoch} {position.step}"
-        args = [*head.identity(), run_id, rank, world_size, straggler_timeout_ms, at, int(is_given), *target]
+        args: list[Any] = [*head.identity(), run_id, rank, world_size, straggler_timeout_ms, at, int(is_given), *target]
         args += ["", ""] if rejoining_as is None else [rejoining_as.generation, rejoining_as.claim]
-        args += [process_id, stored_claim]
+        target_spec = await self.spec_of_plan(head, target_plan_id) if target_plan_id and head.next_spec else None
+        args += [process_id, stored_claim, target_plan_id, b"" if target_spec is None else _bytes_of(target_spec)]
         return [item.decode() for item in await self._run("join", script_keys, args)]
 
     async def had_run(self, head: Head, run_id: str) -> bool:
@@ -489,7 +628,24 @@ class Store:
             tuple(sorted(generations)),
             None if new_rows is None else int(new_rows),
             tuple(map(int, fields.get(b"skipped_ranks", b"").split())),
+            int(fields.get(b"num_steps", 0)),
+            np.frombuffer(fields[b"mixture"], "<f8") if b"mixture" in fields else None,
+            fields.get(b"groups_id", b"").decode(),
         )
+
+    async def spec_of_plan(self, head: Head, plan_id: str) -> ExperimentSpec:
+        """With which spec a plan was made: of as many samples as there were."""
+        if head.next_spec is None:
+            return head.spec
+        data = await cast(Any, self._redis.hget(head.keys.plan(plan_id), "spec"))
+        return head.birth_spec if data is None else _spec(data)
+
+    async def extend(self, head: Head, spec: ExperimentSpec) -> str:
+        """Have the next epoch planned with this spec, of more samples; see extend.lua for the answers."""
+        before = b"" if head.next_spec is None else _bytes_of(head.next_spec)
+        answer = await self._run("extend", [head.keys.head], [head.uid, before, _bytes_of(spec)])
+        await self.replicated(head.name)
+        return cast(bytes, answer).decode()
 
     async def is_imported(self, head: Head) -> bool:
         """Whether the scores of the current plan came from outside."""
@@ -497,7 +653,46 @@ class Store:
 
     async def write_scores(self, head: Head, plan_id: str, scores: Scores) -> bool:
         """Write a plan's scores; False if the plan was collected meanwhile."""
-        return await self._write_columns(head, plan_id, dict(zip(_SCORE_COLUMNS, scores, strict=True)))
+        columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
+        columns |= _policy_columns(scores.columns)
+        return await self._write_columns(head, plan_id, columns)
+
+    async def write_groups(self, head: Head, groups: Groups) -> None:
+        """Make these the groups of an experiment, unless it is gone, or has grown or gone on by epochs meanwhile.
+
+        Their columns are registered like those of a plan, for an epoch to come: until that they are not retired.
+        """
+        groups_id = secrets.token_hex(8)
+        if not await self.register_plan(head, groups_id, head.epoch + 2):
+            return
+        columns = {column: values for column, values in zip(_GROUP_COLUMNS, groups, strict=True) if values is not None}
+        if not await self._write_columns(head, groups_id, columns):
+            return
+        args = [head.uid, groups_id, len(groups.ids), _digest(groups), _bytes_of(head.extended_spec)]
+        if await self._run("set_groups", [head.keys.head, head.keys.plans, head.keys.doomed], args):
+            await self.collect(head)
+            await self.replicated(head.name)
+
+    @staticmethod
+    def has_groups(head: Head, groups: Groups) -> bool:
+        """Whether the experiment has just these groups."""
+        return head.groups_digest == _digest(groups)
+
+    async def read_groups(self, head: Head, num_samples: int) -> Groups | None:
+        """Groups of the samples [0, num_samples); None if there are none."""
+        ids, reference_losses = await self.read_group_rows(head, 0, num_samples), None
+        if ids is None:
+            return None
+        if isinstance(head.spec.mixture, DoReMi):
+            dtype, rows = np.float32, (0, num_samples, head.groups_size)
+            reference_losses = await self._read(head, head.groups_id, "reference_loss", dtype, *rows)
+        return Groups(ids, reference_losses)
+
+    async def read_group_rows(self, head: Head, first: int, count: int) -> NDArray[np.uint16] | None:
+        """Groups of the samples [first, first + count), as they are now; None if there are none."""
+        if not head.groups_id:
+            return None
+        return await self._read(head, head.groups_id, "group", np.uint16, first, count, head.groups_size)
 
     async def write_table(self, head: Head, plan_id: str, table: Table) -> bool:
         """Write a plan's table; False if the plan was collected meanwhile."""
@@ -526,8 +721,12 @@ class Store:
         plan_id: str,
         state: ExperimentState,
         table_checksum: int,
+        spec: ExperimentSpec,
+        shape: EpochShape | None,
         row_counts: RowCounts,
         new_rows: int | None,
+        mixture: NDArray[np.float64] | None,
+        folded: EpochSummary | None,
         is_imported: bool,
     ) -> bool:
         """Move the head to a plan whose columns are complete; False if another got there first."""
@@ -538,13 +737,25 @@ class Store:
             experiment.epochs,
             experiment.finished,
             experiment.plan(plan_id),
+            experiment.history,
         ]
         counts = [item for pair in row_counts._asdict().items() for item in pair]
         if new_rows is not None:
             counts += ["new_rows", new_rows]
+        if head.groups_id:
+            counts += ["groups_id", head.groups_id]
+        if mixture is not None:
+            counts += ["mixture", mixture.astype("<f8").tobytes()]
         if is_imported:
             counts += ["imported", 1]
-        args = [*head.identity(), epoch, plan_id, state, table_checksum, *counts]
+        summary = b""
+        if folded is not None:
+            now = datetime.datetime.now(datetime.UTC)
+            summary = past_epoch_to_proto(PastEpoch(now, folded)).SerializeToString()
+        num_steps, num_hidden_steps = (0, 0) if shape is None else (shape.num_steps, shape.num_hidden_steps)
+        args: list[Any] = [*head.identity(), epoch, plan_id, state, table_checksum, num_steps, num_hidden_steps]
+        made_with = b"" if head.next_spec is None else _bytes_of(spec)
+        args += [summary, _num_kept_summaries(spec), made_with, *counts]
         is_committed = bool(await self._run("commit", script_keys, args))
         if is_committed:
             await self.replicated(head.name)
@@ -555,25 +766,26 @@ class Store:
         experiment = head.keys
         script_keys = [experiment.head, experiment.plans, experiment.epochs, experiment.doomed, experiment.pins]
         for plan_id in await self._run("retire", script_keys, [head.uid, self._retain_epochs, lost_plan]):
-            await self._unlink_plan(experiment, head.spec, plan_id.decode())
+            await self._unlink_plan(experiment, head.extended_spec, plan_id.decode())
             await cast(Any, self._redis.hdel(experiment.doomed, plan_id))
         for plan_id in await cast(Any, self._redis.hvals(experiment.epochs)):
             if plan_id.decode() != head.plan_id:
-                columns = self._column_keys(experiment, head.spec, plan_id.decode(), _TABLE_COLUMNS)
+                columns = self._column_keys(experiment, head.extended_spec, plan_id.decode(), [*_TABLE_COLUMNS])
                 for first in range(0, len(columns), 1000):
                     some = columns[first : first + 1000]
                     await self._run("unlink_table", [experiment.head, *some], [head.uid, plan_id])
 
     async def _unlink_plan(self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str) -> None:
         info = await self._plan_info(experiment, plan_id)
-        await self._unlink(self._column_keys(experiment, spec, plan_id, _TABLE_COLUMNS + _SCORE_COLUMNS))
+        columns = [*_TABLE_COLUMNS, *_SCORE_COLUMNS, *_GROUP_COLUMNS, *_policy_columns(spec.policy.columns)]
+        await self._unlink(self._column_keys(experiment, spec, plan_id, columns))
         for generation, world_size, _ in info.generations:
-            num_blocks = (
-                -(-spec.num_samples // world_size // BLOCK_ROWS) + 1
-            )  # an upper bound: a table has n rows at most
+            # an upper bound: a table has n rows at most
+            num_blocks = -(-spec.num_samples // world_size // BLOCK_ROWS) + 1
             await self._unlink(
                 [
-                    experiment.losses(plan_id, generation, rank, block)
+                    experiment.reported(plan_id, column, generation, rank, block)
+                    for column in ("loss", "chosen", *_policy_columns(spec.policy.reported_columns))
                     for rank in range(world_size)
                     for block in range(num_blocks)
                 ]
@@ -581,9 +793,7 @@ class Store:
         await self._redis.unlink(experiment.plan(plan_id))
 
     @staticmethod
-    def _column_keys(
-        experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: tuple[str, ...]
-    ) -> list[str]:
+    def _column_keys(experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: list[str]) -> list[str]:
         blocks = range(-(-spec.num_samples // BLOCK_ROWS))
         return [experiment.column(plan_id, column, block) for column in columns for block in blocks]
 
@@ -601,18 +811,19 @@ class Store:
 
     async def read_score_rows(self, head: Head, plan_id: str, first: int, count: int) -> Scores:
         """Scores of the samples [first, first + count)."""
-        dtypes = (np.float32, np.float32, np.uint32)
-        columns = [
-            await self._read(head, plan_id, column, dtype, first, count, head.spec.num_samples)
-            for column, dtype in zip(_SCORE_COLUMNS, dtypes, strict=True)
-        ]
-        return Scores(*columns)
+
+        async def read(column: str, dtype: DTypeLike) -> NDArray[Any]:
+            return await self._read(head, plan_id, column, dtype, first, count, head.spec.num_samples)
+
+        fixed = [await read(column, dtype) for column, dtype in _SCORE_COLUMNS.items()]
+        own = [await read(column, np.float32) for column in _policy_columns(head.spec.policy.columns)]
+        return Scores._make([*fixed, dict(zip(head.spec.policy.columns, own, strict=True))])
 
     async def read_table(self, head: Head, first: int, count: int) -> Table:
         """Rows [first, first + count) of the current epoch's table."""
-        num_rows = head.spec.shape(head.epoch).num_rows
+        num_rows = head.shape.num_rows
         dtypes = (sample_id_dtype(head.spec.num_samples), np.dtype(np.float32), np.dtype(np.float32))
-        has_weights = head.spec.importance_weight != "none"
+        has_weights = head.spec.has_set_weights
         columns = [
             await self._read(head, head.plan_id, column, dtype, first, count, num_rows)
             for column, dtype in zip(_TABLE_COLUMNS[: 3 if has_weights else 2], dtypes, strict=False)
@@ -626,7 +837,10 @@ class Store:
         for block in _blocks(first, count):
             key = head.keys.column(plan_id, column, block.number)
             rows = self._cache.get(key)
-            if rows is None:
+            if rows is not None:
+                self._metrics.cache_hits.inc()
+            else:
+                self._metrics.cache_misses.inc()
                 num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
                 rows = await self._read_block(head, plan_id, column, key, np.dtype(dtype), num_rows)
             pieces.append(rows[block.start : block.start + block.num_rows])
@@ -660,68 +874,127 @@ class Store:
             return False
         if column in _TABLE_COLUMNS:
             return current.plan_id == plan_id and current.state in ("open", "sealed")
-        return plan_id.encode() in await cast(Any, self._redis.hvals(head.keys.epochs))
+        return plan_id == current.groups_id or plan_id.encode() in await cast(Any, self._redis.hvals(head.keys.epochs))
 
-    # Losses
+    # What ranks report
 
-    async def write_losses(
-        self, head: Head, member: Member, *, plan_id: str, first_row: int, losses: NDArray[np.float32]
+    async def write_report(
+        self, head: Head, member: Member, *, plan_id: str, first_step: int, num_steps: int, report: Report
     ) -> str:
-        """Record losses of rows of a rank's part; see report.lua for the answers."""
+        """Record what was reported of consecutive steps of a rank's part; see report.lua for the answers."""
         experiment = head.keys
-        bits = loss_bits(losses).astype("<u4", copy=False)
-        script_keys = [experiment.head, experiment.claims]
-        args: list[Any] = [head.uid, plan_id, *member]
-        done = 0
-        for block in _blocks(first_row, len(bits)):
-            script_keys.append(experiment.losses(plan_id, member.generation, member.rank, block.number))
-            args += [4 * block.start, bits[done : done + block.num_rows].tobytes()]
-            done += block.num_rows
+        losses = report.losses
+        part_rows = len(losses) // num_steps
+        finite = losses[np.isfinite(losses)]
+        mean_loss = repr(float(finite.mean(dtype=np.float64))) if len(finite) else ""
+        chosen = np.packbits(report.chosen.reshape(num_steps, part_rows), axis=1, bitorder="little").ravel()
+        columns = {"loss": loss_bits(losses).astype("<u4", copy=False), "chosen": chosen}
+        columns |= _policy_columns({name: values.astype("<f4", copy=False) for name, values in report.columns.items()})
+        script_keys = [experiment.head, experiment.claims, experiment.progress]
+        args: list[Any] = [head.uid, plan_id, *member, first_step + num_steps, mean_loss]
+        for column, values in columns.items():
+            done = 0
+            for block in _blocks(first_step * (len(values) // num_steps), len(values)):
+                script_keys.append(experiment.reported(plan_id, column, member.generation, member.rank, block.number))
+                args += [values.itemsize * block.start, values[done : done + block.num_rows].tobytes()]
+                done += block.num_rows
         return cast(bytes, await self._run("report", script_keys, args)).decode()
 
+    async def progress(self, head: Head) -> tuple[RankProgress, ...]:
+        """How far the ranks of the latest run are, those that have reported something."""
+        now_ms, fields = await self._run("progress", [head.keys.progress], [])
+        found = {int(rank): noted.decode().split(" ") for rank, noted in zip(fields[::2], fields[1::2], strict=True)}
+        return tuple(
+            RankProgress(
+                rank, int(epoch), int(step), (int(now_ms) - int(time_ms)) / 1000, float(mean) if mean else None
+            )
+            for rank, (generation, epoch, step, time_ms, mean) in sorted(found.items())
+            if int(generation) == head.generation and rank < head.world_size
+        )
+
+    async def past_epochs(self, head: Head, first: int) -> tuple[PastEpoch, ...]:
+        """The epochs from `first` on that have ended, as far as they are kept."""
+        epochs = range(max(first, head.epoch - _num_kept_summaries(head.spec)), head.epoch)
+        found = await cast(Any, self._redis.hmget(head.keys.history, *epochs)) if epochs else ()
+        return tuple(
+            past_epoch_from_proto(pb.EpochSummary.FromString(summary)) for summary in found if summary is not None
+        )
+
     async def read_part_losses(
-        self, head: Head, plan_id: str, generation: int, rank: int, first_row: int, num_rows: int
+        self, head: Head, member: Member, *, first_step: int, num_steps: int
     ) -> NDArray[np.float32]:
-        """Losses of rows of a rank's part, NaN where not reported."""
-        bits = np.zeros(num_rows, "<u4")
+        """A rank's losses of consecutive steps of the current epoch, [num_steps, part rows], NaN where not reported."""
+        steps = _Steps(head.plan_id, member.generation, member.rank, first_step, num_steps)
+        return losses_of_bits(
+            await self._read_steps(head, steps, "loss", "<u4", head.shape.step_rows // head.world_size)
+        )
+
+    async def _read_steps(self, head: Head, steps: _Steps, column: str, dtype: str, num_values: int) -> NDArray[Any]:
+        """A column of what a rank has reported, [num_steps, num_values], zero where it has not."""
+        values = np.zeros(steps.num_steps * num_values, dtype)
         done = 0
-        for block in _blocks(first_row, num_rows):
-            key = head.keys.losses(plan_id, generation, rank, block.number)
-            stop = 4 * (block.start + block.num_rows)
-            data = await self._redis.getrange(key, 4 * block.start, stop - 1)
-            found = np.frombuffer(cast(bytes, data), "<u4")
-            bits[done : done + len(found)] = found
+        for block in _blocks(steps.first_step * num_values, len(values)):
+            key = head.keys.reported(steps.plan_id, column, steps.generation, steps.rank, block.number)
+            start, stop = (values.itemsize * row for row in (block.start, block.start + block.num_rows))
+            found = np.frombuffer(cast(bytes, await self._redis.getrange(key, start, stop - 1)), dtype)
+            values[done : done + len(found)] = found
             done += block.num_rows
-        return losses_of_bits(bits)
+        return values.reshape(steps.num_steps, num_values)
 
-    async def read_losses(self, head: Head) -> NDArray[np.float32]:
-        """All losses of the current epoch in row order, NaN where not reported.
+    async def read_report(self, head: Head) -> Report:
+        """All that was reported of the current epoch, in row order.
 
-        A run's losses count up to the step from which a later run reported.
+        What a run reported counts up to the step from which a later run did.
         """
-        shape = head.spec.shape(head.epoch)
-        losses = np.full(shape.num_rows, np.nan, np.float32)
+        shape, plan_id = head.shape, head.plan_id
+        policy_columns = _policy_columns(head.spec.policy.reported_columns)
+        report = Report(
+            np.full(shape.num_rows, np.nan, np.float32),
+            np.zeros(shape.num_rows, np.bool_),
+            {name: np.zeros(shape.num_rows, np.float32) for name in head.spec.policy.reported_columns},
+        )
         stop = shape.num_steps
-        for generation, world_size, first_step in reversed((await self.plan_info(head, head.plan_id)).generations):
+        for generation, world_size, first_step in reversed((await self.plan_info(head, plan_id)).generations):
             part_rows = shape.step_rows // world_size
-            num_steps = max(stop - first_step, 0)
-            steps = losses[first_step * shape.step_rows : stop * shape.step_rows]
-            for rank in range(world_size if num_steps else 0):
-                part(steps, shape.step_rows, rank, world_size)[:] = (
-                    await self.read_part_losses(
-                        head, head.plan_id, generation, rank, first_step * part_rows, num_steps * part_rows
+            rows = slice(first_step * shape.step_rows, stop * shape.step_rows)
+            for rank in range(world_size if first_step < stop else 0):
+                steps = _Steps(plan_id, generation, rank, first_step, stop - first_step)
+                bits = await self._read_steps(head, steps, "loss", "<u4", part_rows)
+                part(report.losses[rows], shape.step_rows, rank, world_size)[:] = losses_of_bits(bits)
+                bits = await self._read_steps(head, steps, "chosen", "u1", -(-part_rows // 8))
+                chosen = np.unpackbits(bits, axis=1, count=part_rows, bitorder="little")
+                part(report.chosen[rows], shape.step_rows, rank, world_size)[:] = chosen
+                for column, values in zip(policy_columns, report.columns.values(), strict=True):
+                    part(values[rows], shape.step_rows, rank, world_size)[:] = await self._read_steps(
+                        head, steps, column, "<f4", part_rows
                     )
-                ).reshape(num_steps, part_rows)
             stop = min(stop, first_step)
-        return losses
+        return report
+
+
+def _digest(groups: Groups) -> str:
+    digest = hashlib.sha256(groups.ids.data)
+    if groups.reference_losses is not None:
+        digest.update(groups.reference_losses.data)
+    return digest.hexdigest()
+
+
+def _num_kept_summaries(spec: ExperimentSpec) -> int:
+    return min(_KEPT_SUMMARIES, _KEPT_GROUP_SUMMARIES // max(spec.num_groups, 1))
+
+
+def _policy_columns(columns: Iterable[str]) -> dict[str, Any]:
+    """A policy's columns by the names that they have in the store, apart from all others."""
+    values = columns if isinstance(columns, Mapping) else dict.fromkeys(columns)
+    return {f"policy:{name}": value for name, value in values.items()}
 
 
 class _BlockCache:
     """Blocks of columns by key, least recently used out first. A block never changes, so it can't be stale."""
 
     def __init__(self, max_bytes: int) -> None:
+        self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._bytes = 0
         self._blocks: OrderedDict[str, NDArray[Any]] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -733,14 +1006,14 @@ class _BlockCache:
     def put(self, key: str, rows: NDArray[Any]) -> None:
         self.drop(key)
         self._blocks[key] = rows
-        self._bytes += rows.nbytes
-        while self._bytes > self._max_bytes:
-            self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+        self.num_bytes += rows.nbytes
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= self._blocks.popitem(last=False)[1].nbytes
 
     def drop(self, key: str) -> None:
         rows = self._blocks.pop(key, None)
         if rows is not None:
-            self._bytes -= rows.nbytes
+            self.num_bytes -= rows.nbytes
 
     def loading(self, key: str) -> asyncio.Lock:
         """A lock under which one reader at a time fetches a block."""

@@ -221,6 +221,15 @@ def test_a_server_that_is_not_there_is_named() -> None:
         client.get_experiment("any")
 
 
+def test_a_server_is_waited_for_as_long_as_was_said() -> None:
+    for _ in range(4):  # pauses between attempts are drawn at random
+        began_s = time.monotonic()
+        with evosample.connect("127.0.0.1:1", connect_timeout_s=0.5) as client:
+            with pytest.raises(evosample.UnavailableError):
+                client.get_experiment("any")
+            assert time.monotonic() - began_s >= 0.5
+
+
 def test_training_goes_on_through_an_outage_and_nothing_is_lost(start_server: Any, name: str) -> None:
     server: ServerProcess = start_server()
     losses = fixed_losses(500, 3)
@@ -269,7 +278,7 @@ def test_the_command_line_lists_shows_exports_and_deletes(
 
     def run(*arguments: str, **options: Any) -> str:
         environment = {"EVOSAMPLE_ADDRESS": server.address, "EVOSAMPLE_PROJECT": "cli", "COLUMNS": "200"}
-        result = CliRunner().invoke(cli._app, list(arguments), env=environment, **options)
+        result = CliRunner().invoke(cli.app, list(arguments), env=environment, **options)
         assert result.exit_code == 0, result.output
         return result.output
 

@@ -229,7 +229,7 @@ def test_the_rows_yielded_are_those_that_a_client_without_a_loader_selects(
 ) -> None:
     experiment = client.create_experiment(name, **SETTINGS, policy=policy, seed=5)
     twin = client.create_experiment(f"{name}-twin", **SETTINGS, policy=policy, seed=5)
-    score = loss_of if policy.scores_meta_batch else None
+    score = loss_of if policy.batch_level == "scored" else None
     assert go_through(ids_loader(experiment, score=score)) == plain_steps(twin)
     assert_same_scores(experiment, twin)
     assert experiment.status().state == "finished"
@@ -727,12 +727,15 @@ def test_losses_without_a_batch_are_an_error(client: evosample.Client, name: str
     assert loader.position == (0, 1)
 
 
-def test_after_the_last_epoch_there_is_no_next_one(client: evosample.Client, name: str) -> None:
+def test_after_the_last_epoch_there_are_no_more_batches_and_a_warning(
+    client: evosample.Client, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     loader = ids_loader(client.create_experiment(name, **SETTINGS))
     go_through(loader)
     for _ in range(2):
-        with pytest.raises(evosample.UsageError, match="the experiment's 4 epochs are done"):
-            next(iter(loader))
+        caplog.clear()
+        assert list(loader) == []
+        assert "the experiment's 4 epochs are done" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 2, "persistent_workers": True}, {"run_id": "only"}])
@@ -803,8 +806,7 @@ def test_the_state_of_a_finished_job_says_so(client: evosample.Client, name: str
     resumed = ids_loader(experiment)
     resumed.load_state_dict(loader.state_dict())
     assert resumed.progress == 1
-    with pytest.raises(evosample.UsageError, match="epochs are done"):
-        next(iter(resumed))
+    assert list(resumed) == []
 
 
 def test_a_new_loader_stands_where_its_experiment_does(client: evosample.Client, name: str) -> None:
@@ -947,7 +949,7 @@ class Stream(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("options", "field", "said"),
     [
-        ({"score": None}, "score", r"score=None: EvolvedSampling\(.*selects by losses"),
+        ({"score": None}, "score", r"score=None: EvolvedSampling\(.*scores samples"),
         ({"dataset": Ids(N - 1)}, "dataset", r"dataset has 95 samples, experiment 'experiment-\d+' was created for 96"),
         ({"dataset": Stream()}, "dataset", "dataset=Stream: expected a map-style dataset"),
         ({"num_workers": 1, "in_order": False}, "in_order", "in_order=False"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,10 @@ import torch
 from torch.utils.data import Dataset
 
 import evosample
+import evosample.torch
 from evosample.torch import Loader
 from samples import Announced, Ids, refuse_connections
-from support import fixed_losses, train
+from support import ServerProcess, fixed_losses, train
 
 N, EPOCHS, B, MINI = 96, 4, 16, 4
 STEPS = N // B
@@ -200,6 +204,35 @@ def test_a_dataset_that_prefetches_is_told_what_comes_in_time_and_once(
         assert dataset.announced == seen[B:]  # the first step is taken at once
 
 
+def test_how_far_ahead_is_announced_counts_the_samples_of_all_processes(client: evosample.Client, name: str) -> None:
+    experiment = client.create_experiment(name, **SETTINGS | {"mini_batch_size": B, "policy": evosample.Uniform()})
+    dataset = Announced(N, 3 * B)
+    place: dict[str, Any] = {"data_parallel_rank": 0, "data_parallel_size": 4, "run_id": "job"}
+    batches = iter(loader_of(experiment, dataset, num_workers=0, **place))
+    next(batches)
+    assert dataset.num_ahead == 3 * B // 4
+    assert len(dataset.announced) == 3 * B // 4
+
+
+def test_the_epoch_of_the_last_position_that_was_asked_for_is_kept(client: evosample.Client, name: str) -> None:
+    experiment = client.create_experiment(name, **SETTINGS | {"num_epochs": 8})
+    loader = loader_of(experiment, Ids(N))
+    states = {}
+    for epoch in range(8):
+        for ids in loader:
+            loader.mean(loss_of(ids))
+            if loader.position in ((1, 2), (4, 0)):
+                states[epoch] = loader.state_dict()
+    assert 1 not in experiment.status().retained_epochs
+    assert experiment.status().pins == {"checkpoint": 4}
+    loader.load_state_dict(states[3])
+    next(iter(loader))
+    assert loader.position == (4, 0)
+    loader.load_state_dict(states[1])
+    with pytest.raises(evosample.EpochNotRetainedError):
+        next(iter(loader))
+
+
 def test_an_epoch_says_where_its_time_went_and_what_selection_saved(
     client: evosample.Client, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,3 +338,55 @@ def test_meta_batches_may_be_taken_ahead_and_scored_when_their_turn_comes(client
                 batches.append(ids.tolist())
                 loader.mean(loss_of(ids))
     assert batches == go_through(loader_of(twin, Ids(N)))
+
+
+def test_forked_workers_leave_grpc_alone(server: ServerProcess) -> None:
+    """Its fork handlers, where they are on, write about it, and now and then crash or hang a worker."""
+    script = Path(__file__).parents[1] / "forked_job.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, server.address], capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    refused, *found = done.stdout.splitlines()
+    assert refused.startswith("refused this process was forked from one that has used evosample")
+    assert found == ["found 0", "found 0"]
+
+
+class Ending(Ids):
+    """Has less to give than it says."""
+
+    def __getitem__(self, sample_id: int) -> int | None:
+        if sample_id % 10 == 0:
+            raise StopIteration
+        return super().__getitem__(sample_id)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_that_ends_too_soon_is_told(client: evosample.Client, name: str, num_workers: int) -> None:
+    loader = loader_of(client.create_experiment(name, **SETTINGS), Ending(N), num_workers=num_workers)
+    with pytest.raises((evosample.UsageError, RuntimeError), match="StopIteration"):
+        go_through(loader)
+
+
+def test_a_position_is_that_of_a_dataset(client: evosample.Client, name: str) -> None:
+    experiment = client.create_experiment(name, **SETTINGS)
+    dataset = Ids(N)
+    dataset.fingerprint = "one"  # type: ignore[attr-defined]
+    state = loader_of(experiment, dataset).state_dict()
+    loader_of(experiment, dataset).load_state_dict(state)
+    dataset.fingerprint = "another"  # type: ignore[attr-defined]
+    with pytest.raises(evosample.InvalidArgumentError, match="another dataset"):
+        loader_of(experiment, dataset).load_state_dict(state)
+
+
+def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(evosample.UsageError, match=r"2 processes were launched.*init_process_group"):
+        evosample.torch.connect()
+
+
+def test_what_is_no_experiment_is_told() -> None:
+    name: Any = "mnist"
+    with pytest.raises(evosample.InvalidArgumentError, match=r"experiment='mnist': expected what client.create_exp"):
+        loader_of(name, Ids(N))

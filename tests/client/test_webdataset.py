@@ -158,6 +158,16 @@ def test_unusual_members_are_read_as_webdataset_does(tmp_path: Path, tar_format:
     assert shards.locate(2) == Location(url, long)
 
 
+def test_the_order_of_shards_tells(urls: list[str]) -> None:
+    assert Dataset(Shards(urls)).fingerprint == Dataset(Shards(urls)).fingerprint
+    assert Dataset(Shards(urls)).fingerprint != Dataset(Shards(urls[::-1])).fingerprint
+
+
+def test_a_star_is_no_pattern(urls: list[str]) -> None:
+    with pytest.raises(evosample.InvalidArgumentError, match="braces are expanded"):
+        Shards(str(Path(urls[0]).parent / "*.tar"))
+
+
 def test_filters_are_webdatasets_own(urls: list[str]) -> None:
     def filtered(dataset: Any) -> Any:
         decoded = dataset.decode("torchl8").rename(image="png", digit="cls", keep=False)
@@ -354,6 +364,14 @@ def test_a_server_that_is_away_is_no_damage(folder: Path, urls: list[str]) -> No
         Dataset(shards, retries=impatient, on_error="skip")[0]
 
 
+def test_what_waits_for_its_turn_is_not_asked_for_any_more_after_an_error(remote: Shards, http: ShardServer) -> None:
+    http.status = 403
+    with pytest.raises(evosample.UnavailableError, match="answered 403"):
+        Dataset(remote, num_connections=2).__getitems__(every_id(remote))
+    time.sleep(0.3)
+    assert len(http.requests) < N / 2
+
+
 @pytest.mark.parametrize("read", ["ranges", "cache"])
 def test_what_a_server_refuses_is_told(read: Any, remote: Shards, http: ShardServer, tmp_path: Path) -> None:
     cache: dict[str, Any] = {"cache_dir": tmp_path, "cache_bytes": 10**9} if read == "cache" else {}
@@ -491,7 +509,9 @@ def test_prefetching_brings_shards_in_their_order(remote: Shards, http: ShardSer
     dataset = cached(remote, tmp_path, len(remote.urls))
     assert dataset.prefetch_samples == N
     order = [4, 1, 5, 0]
-    dataset.prefetch(np.array([shard * SHARD + sample for shard in order for sample in range(SHARD)]))
+    dataset.prefetch(
+        np.array([shard * SHARD + sample for shard in order for sample in range(SHARD)]), dataset.prefetch_samples
+    )
     wait_until(lambda: len(list(tmp_path.glob("*.shard"))) == len(order), "all four shards")
     assert [path for path, _ in http.requests] == [f"/mnist-{shard:03d}.tar" for shard in order]
     for shard in order:
@@ -503,10 +523,10 @@ def test_prefetching_deletes_nothing_that_is_still_needed(remote: Shards, http: 
     dataset = cached(remote, tmp_path, 3)
     assert dataset.prefetch_samples < 2 * SHARD
     whole = [np.arange(SHARD) + shard * SHARD for shard in range(6)]
-    dataset.prefetch(whole[0][:20])
-    dataset.prefetch(whole[1][:20])
-    dataset.prefetch(whole[2][:20])  # now the window is not yet over: all three are needed
-    dataset.prefetch(whole[3][:5])
+    dataset.prefetch(whole[0][:20], dataset.prefetch_samples)
+    dataset.prefetch(whole[1][:20], dataset.prefetch_samples)
+    dataset.prefetch(whole[2][:20], dataset.prefetch_samples)  # now the window is not yet over: all three are needed
+    dataset.prefetch(whole[3][:5], dataset.prefetch_samples)
 
     def there() -> set[int]:
         return {int(path.name[6:9]) for path in tmp_path.glob("*.shard")}
@@ -514,8 +534,10 @@ def test_prefetching_deletes_nothing_that_is_still_needed(remote: Shards, http: 
     wait_until(lambda: there() == {0, 1, 2}, "the first three shards")
     time.sleep(0.3)
     assert there() == {0, 1, 2}
-    dataset.prefetch(whole[3][5:])
-    dataset.prefetch(whole[3])  # 20 + 20 + 50 + 50: those of shard 0 lie more than a window and a quarter behind
+    dataset.prefetch(whole[3][5:], dataset.prefetch_samples)
+    dataset.prefetch(
+        whole[3], dataset.prefetch_samples
+    )  # 20 + 20 + 50 + 50: those of shard 0 lie more than a window and a quarter behind
     wait_until(lambda: there() == {1, 2, 3}, "the fourth shard in the place of the first")
 
 
@@ -524,7 +546,7 @@ def test_workers_read_while_shards_are_prefetched(
 ) -> None:
     dataset = cached(remote, tmp_path, len(remote.urls))
     http.failure_rate = 0.2
-    dataset.prefetch(np.arange(N))
+    dataset.prefetch(np.arange(N), dataset.prefetch_samples)
     loader = DataLoader(dataset, batch_size=10, num_workers=3, collate_fn=list)
     assert contents(list(itertools.chain(*loader))) == contents(plain(urls))
 
@@ -537,7 +559,7 @@ def test_samples_may_be_arrays(urls: list[str]) -> None:
 def test_other_ways_of_reading_take_no_notice_of_prefetching(urls: list[str], remote: Shards) -> None:
     for dataset in (Dataset(Shards(urls)), Dataset(remote)):
         assert dataset.prefetch_samples == 0
-        dataset.prefetch(np.arange(10))
+        dataset.prefetch(np.arange(10), dataset.prefetch_samples)
 
 
 def test_a_training_job_through_a_small_cache_downloads_a_shard_about_once_an_epoch(
@@ -554,10 +576,37 @@ def test_a_failed_prefetch_leaves_it_to_the_reader(
 ) -> None:
     dataset = cached(remote, tmp_path, 3, retries=urllib3.Retry(0))
     http.status = 503
-    dataset.prefetch(np.arange(10))
+    dataset.prefetch(np.arange(10), dataset.prefetch_samples)
     wait_until(lambda: "prefetching" in caplog.text, "a warning")
     http.status = 0
     assert dataset[0]["cls"]
+
+
+def test_shards_that_want_a_header_are_indexed_and_read(
+    http: ShardServer, urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http.token = "secret"
+    behind = [f"{http.url}/{Path(url).name}" for url in urls]
+    with pytest.raises(evosample.UnavailableError, match=r"answered 401.*--header"):
+        index_shards(behind, tmp_path)
+    index = ["index", *behind, "--output", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, [*index, "--header", "Authorization: Bearer secret"])
+    assert f"{N} samples in {len(urls)} shards" in done.output
+    shards = Shards(behind, index_dir=tmp_path)
+    dataset = Dataset(shards, headers={"Authorization": "Bearer secret"})
+    assert contents(dataset.__getitems__(list(range(N)))) == contents(plain(urls))
+    done = CliRunner().invoke(cli.app, [*index, "--force", "--header", "secret"])
+    assert "expected 'NAME: VALUE'" in str(done.exception)
+
+
+def test_a_download_that_breaks_off_makes_no_index(http: ShardServer, urls: list[str], tmp_path: Path) -> None:
+    http.failure_rate = 1
+    behind = [f"{http.url}/{Path(urls[0]).name}"]
+    for seed in range(8):  # it is cut, or refused until the retries are over
+        http.random.seed(seed)
+        with pytest.raises(evosample.UnavailableError, match="can't be had"):
+            index_shards(behind, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pipes_are_read_through_the_cache(urls: list[str], tmp_path: Path) -> None:
@@ -656,6 +705,33 @@ def test_a_filter_that_drops_a_planned_sample_is_told(urls: list[str]) -> None:
     assert skipping.__getitems__(list(range(N))).count(None) == skipping.num_skipped == N // 2
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_filter_that_takes_no_samples_is_told(urls: list[str], on_error: Any) -> None:
+    def failing(samples: Iterator[Any]) -> Iterator[Any]:
+        raise FileNotFoundError("missing.pt")
+        yield
+
+    dataset = Dataset(Shards(urls), on_error=on_error)
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        dataset.compose(failing)[0]
+    with pytest.raises(evosample.UsageError, match="without taking a sample"):
+        dataset.compose(lambda _: iter([]))[0]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_filter_that_looks_ahead_is_told(urls: list[str], on_error: Any) -> None:
+    def late(samples: Iterator[Any]) -> Iterator[Any]:
+        before = next(samples)
+        for sample in samples:
+            yield before
+            before = sample
+        yield before
+
+    dataset = Dataset(Shards(urls), on_error=on_error).compose(late)
+    with pytest.raises(evosample.UsageError, match="takes samples ahead"):
+        dataset.__getitems__([0, 1, 2])
+
+
 def test_filters_for_streams_are_refused(urls: list[str]) -> None:
     dataset = Dataset(Shards(urls))
     for compose in (
@@ -681,7 +757,7 @@ def _twice(samples: Iterator[Any]) -> Iterator[Any]:
 
 
 def run(*arguments: str, exit_code: int = 0) -> str:
-    result = CliRunner().invoke(cli._app, ["index", *arguments])
+    result = CliRunner().invoke(cli.app, ["index", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == exit_code
@@ -716,7 +792,7 @@ def test_the_command_indexes_over_http(http: ShardServer, urls: list[str], tmp_p
 
 
 def test_help_teaches() -> None:
-    result = CliRunner().invoke(cli._app, ["index", "--help"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(cli.app, ["index", "--help"], env={"COLUMNS": "200"})
     for taught in ("train-{000..029}.tar", "https://", "pipe:", "--output", "--force"):
         assert taught in result.output
 

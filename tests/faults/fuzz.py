@@ -32,10 +32,12 @@ from rich.progress import MofNCompleteColumn, Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for running it as a script
 
+from evosample.sampling import POLICIES
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from faults.bystanders import bystanders
-from faults.malformed import SERVICE, RequestMaker, Target, message_class, small_spec
+from faults.malformed import SERVICE, N, RequestMaker, Target, message_class, policies, small_spec
+from halves_of_losses import Halves, install
 from support import ServerProcess
 
 _NUM_TARGETS = 6
@@ -137,7 +139,7 @@ class Fuzzer:
 
     async def _call(self, method: MethodDescriptor, payloads: list[bytes], timeout_s: float | None = None) -> list[Any]:
         """The responses, checked as far as the protocol goes; none if it failed, as it may."""
-        may_time_out = timeout_s is not None or method.name == "StreamEpoch"
+        may_time_out = timeout_s is not None or method.name in ("StreamEpoch", "WatchExperiment")
         code, responses = "OK", []
         try:
             answers = await self._send(method, payloads, timeout_s or (_WAIT_S if may_time_out else _TIMEOUT_S))
@@ -147,11 +149,7 @@ class Fuzzer:
         except grpc.RpcError as raised:
             failed: Any = raised
             code = failed.code().name
-            is_expected = (
-                (code in _ANSWERS and _has_details(failed))
-                or (code == "DEADLINE_EXCEEDED" and may_time_out)
-                or (code == "UNIMPLEMENTED" and method.name == "WatchExperiment")
-            )
+            is_expected = (code in _ANSWERS and _has_details(failed)) or (code == "DEADLINE_EXCEEDED" and may_time_out)
             if not is_expected:
                 self._fail(method, code, failed.details() or "", payloads)
         self.counts[method.name, code] += 1
@@ -189,6 +187,8 @@ class Fuzzer:
                         target.ref.uid = response.experiment.ref.uid
                         target.epoch = response.experiment.epoch
                         target.world_size = max(response.experiment.world_size, 1)
+                        policy = POLICIES.get(response.experiment.spec.WhichOneof("policy") or "", Halves)
+                        target.columns = policy.reported_columns
                 case pb.JoinRunResponse():
                     for target in self._about(request.ref):
                         member = pb.Member(
@@ -200,6 +200,7 @@ class Fuzzer:
                     for target in self._about(request.member.ref):
                         target.plan_ids.append(response.start.plan_id)
                         target.epoch = request.epoch
+                        target.step_rows = response.start.step_rows
 
     def _about(self, ref: pb.ExperimentRef) -> list[Target]:
         return [
@@ -221,13 +222,13 @@ class Fuzzer:
             found = []
         if not found:
             spec = small_spec(seed=self._chance.randrange(9), warm_start=self._chance.random() < 0.3)
-            match self._chance.randrange(3):
-                case 0:
-                    spec.uniform.SetInParent()
-                case 1:
-                    spec.random_subset.prune_ratio = 0.5
+            spec.MergeFrom(policies(self._chance))
             spec.importance_weight = self._chance.choice(pb.ImportanceWeight.values())
             await self._ask("CreateExperiment", pb.CreateExperimentRequest(ref=ref, spec=spec))
+            if spec.num_groups:
+                losses = bytes(4 * N) if spec.mixture.HasField("step_size") else b""
+                groups = pb.SetGroupsRequest(ref=ref, num_samples=N, groups=bytes(2 * N), reference_losses=losses)
+                await self._ask("SetGroups", groups)
             if self._chance.random() < 0.2:  # without a run
                 return
             world_size = self._chance.choice([1, 1, 2, 4])
@@ -298,8 +299,13 @@ class Footprint(NamedTuple):
 
 
 def _content(store: Any, key: bytes) -> Any:
-    # how an index is laid out depends on how long it has once been
-    return store.zrange(key, 0, -1) if store.type(key) == b"zset" else store.dump(key)
+    match store.type(key):  # how an index is laid out depends on how long it has once been
+        case b"zset":
+            return store.zrange(key, 0, -1)
+        case b"hash":
+            return store.hgetall(key)
+        case _:
+            return store.dump(key)
 
 
 def _resident_mib(pid: int) -> float:
@@ -339,8 +345,7 @@ def check_server(
                 before = Footprint.of(process)
         for method in SERVICE.methods:
             codes = {code for name, code in fuzzer.counts if name == method.name}
-            expected = {"UNIMPLEMENTED"} if method.name == "WatchExperiment" else {"OK", "INVALID_ARGUMENT"}
-            assert codes >= expected, f"{method.name} was called in vain: {codes}"
+            assert codes >= {"OK", "INVALID_ARGUMENT"}, f"{method.name} was called in vain: {codes}"
         if before is not None and process is not None:
             Footprint.of(process).check(before)
         for each in spared:
@@ -355,7 +360,8 @@ def check_own_server(
     folder: Path, *, num_requests: int, seed: int, on_request: Callable[[], object] = lambda: None
 ) -> Counter[tuple[str, str]]:
     """The same with a server that is started in a folder, and must neither end nor log an error meanwhile."""
-    process = ServerProcess(folder / "data", *_SERVER_OPTIONS, "--log-level", "warning")
+    package = install(folder / "package")
+    process = ServerProcess(folder / "data", *_SERVER_OPTIONS, "--log-level", "warning", python_path=package)
     try:
         counts = check_server(
             process.address, num_requests=num_requests, seed=seed, process=process, on_request=on_request

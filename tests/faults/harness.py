@@ -13,36 +13,82 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import redis
 
 import evosample
-from evosample.sampling import ExperimentSpec, fold_epoch, initial_scores, part, plan_epoch, select_mini_batch
-from support import ServerProcess, fixed_losses, train
+from evosample.sampling import (
+    UCB,
+    EvolvedSampling,
+    ExperimentSpec,
+    InfoBatch,
+    Kakurenbo,
+    OrderedSGD,
+    RandomSubset,
+    Report,
+    Scores,
+    SelectiveBackprop,
+    Uniform,
+    fold_epoch,
+    initial_scores,
+    part,
+    plan_epoch,
+    select_mini_batch,
+)
+from evosample.v1 import selection_pb2 as pb
+from support import ServerProcess, columns_of, fixed_losses, train
 
 SETTINGS: dict[str, Any] = {
     "num_samples": 2_000,
     "num_epochs": 6,
     "meta_batch_size": 40,
     "mini_batch_size": 10,
-    "policy": evosample.EvolvedSampling(prune_ratio=0.2),
+    "policy": EvolvedSampling(prune_ratio=0.2),
     "importance_weight": "unbiased",
     "seed": 11,
 }
+# One policy each, some with other draws: epochs of 20 steps or fewer, at most four of them hidden.
+EACH_POLICY: dict[str, dict[str, Any]] = {
+    name: SETTINGS | {"num_samples": 800, "policy": policy, "importance_weight": importance_weight}
+    for name, policy, importance_weight in [
+        ("evolved_sampling", EvolvedSampling(prune_ratio=0.2), "unbiased"),
+        ("systematic_with_guards", EvolvedSampling(prune_ratio=0.2, set_draw="systematic"), "unbiased"),
+        ("with_replacement", EvolvedSampling(batch_draw="with_replacement"), "self_normalized"),
+        ("uniform", Uniform(), "none"),
+        ("random_subset", RandomSubset(prune_ratio=0.3), "unbiased"),
+        ("info_batch", InfoBatch(), "none"),
+        ("kakurenbo", Kakurenbo(), "none"),
+        ("ordered_sgd", OrderedSGD(), "none"),
+        ("ucb", UCB(), "none"),
+        ("selective_backprop", SelectiveBackprop(begin=0.3), "unbiased"),
+    ]
+}
+EACH_POLICY["systematic_with_guards"] |= {"max_skipped_epochs": 1, "loss_clip_quantile": 0.9}
 LARGE: dict[str, Any] = SETTINGS | {"num_samples": 400_000, "meta_batch_size": 20_000, "mini_batch_size": 5_000}
 
 
 class Outcome(NamedTuple):
-    """All that a job has seen, in the order of (epoch, step, rank), and the scores that it ended with."""
+    """All that a job has seen, in the order of (epoch, step, rank), and all columns that it ended with."""
 
     visits: list[tuple[Any, ...]]
-    scores: bytes
+    scores: dict[str, bytes]
 
 
 def outcome(experiment: evosample.Experiment, visits: list[tuple[Any, ...]]) -> Outcome:
     """The visits brought into order, with the scores that the experiment has now."""
-    return Outcome(
-        sorted(visits, key=lambda key: key[:3]), b"".join(c.tobytes() for c in experiment.export_scores()[1:])
-    )
+    return Outcome(sorted(visits, key=lambda key: key[:3]), exported(experiment))
+
+
+def exported(experiment: evosample.Experiment) -> dict[str, bytes]:
+    """Everything that an experiment keeps of its samples now, by name."""
+    experiment.status()  # with what is still on its way
+    columns: dict[str, bytes] = {}
+    for rows in experiment._connection.collect("ExportScores", pb.ExportScoresRequest(ref=experiment.ref)):
+        for name in Scores._fields[:-1]:
+            columns[name] = columns.get(name, b"") + getattr(rows, name)
+        for name, values in rows.columns.items():
+            columns[name] = columns.get(name, b"") + values
+    return columns
 
 
 def run_job(
@@ -135,17 +181,19 @@ def computed(settings: dict[str, Any], world_size: int) -> Outcome:
     """What comes of a job by the formulas alone, without a server."""
     spec = ExperimentSpec(**settings)
     losses = fixed_losses(spec.num_samples, spec.num_epochs)
-    scores = initial_scores(spec.num_samples)
+    scores = initial_scores(spec.num_samples, spec.policy.columns)
     visits: list[tuple[Any, ...]] = []
     for epoch in range(spec.num_epochs):
-        shape, table = spec.shape(epoch), plan_epoch(spec, epoch, scores)
+        table, shape = plan_epoch(spec, epoch, scores)
+        losses_of_rows, chosen = losses[epoch, table.sample_ids], np.zeros(shape.num_rows, np.bool_)
         for step, rank in itertools.product(range(shape.num_steps), range(world_size)):
             ids, prior_scores, weights = (
                 None if rows is None else part(rows, shape.step_rows, rank, world_size)[step] for rows in table
             )
             assert ids is not None
-            chosen = select_mini_batch(
+            drawn = select_mini_batch(
                 spec,
+                shape,
                 epoch=epoch,
                 step=step,
                 rank=rank,
@@ -154,7 +202,11 @@ def computed(settings: dict[str, Any], world_size: int) -> Outcome:
                 losses=losses[epoch, ids],
                 set_importance_weights=weights,
             )
-            choice = (chosen.positions.tolist(), chosen.importance_weights.tobytes())
+            part(chosen, shape.step_rows, rank, world_size)[step, drawn.positions] = True
+            choice = (drawn.positions.tolist(), drawn.importance_weights.tobytes())
             visits.append((epoch, step, rank, ids.tolist(), *choice))
-        scores, _ = fold_epoch(spec, scores, table.sample_ids, losses[epoch, table.sample_ids])
-    return Outcome(visits, b"".join(column.tobytes() for column in scores))
+        report = Report(losses_of_rows, chosen, columns_of(spec.policy, losses_of_rows))
+        scores, _ = fold_epoch(spec, scores, table.sample_ids, report)
+    columns = scores._asdict() | dict(scores.columns)
+    del columns["columns"]
+    return Outcome(visits, {name: column.tobytes() for name, column in columns.items()})

@@ -17,7 +17,7 @@ from evosample.v1 import selection_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SelectionService"]
 
-N, B, CHOSEN, NUM_EPOCHS = 40, 8, 4, 5  # of plausible experiments
+N, B, CHOSEN, NUM_EPOCHS, NUM_GROUPS = 40, 8, 4, 5, 3  # of plausible experiments
 _NAMES = [f"fuzz-{i}" for i in range(40)]
 
 # RPCs that change nothing that is there: they may name a bystander.
@@ -41,6 +41,8 @@ class Target:
         ref: project, name and uid.
         epoch: the current one, as far as known.
         world_size: of its latest run.
+        step_rows: of its current epoch, over all ranks.
+        columns: what its policy has reported beside losses.
         members: of that and of earlier runs, newest last; all but the newest may be stale.
         plan_ids: newest last.
         is_bystander: no request may change it.
@@ -49,6 +51,8 @@ class Target:
     ref: pb.ExperimentRef
     epoch: int = 0
     world_size: int = 1
+    step_rows: int = B
+    columns: tuple[str, ...] = ()
     members: deque[pb.Member] = field(default_factory=lambda: deque(maxlen=6))
     plan_ids: deque[str] = field(default_factory=lambda: deque(maxlen=3))
     is_bystander: bool = False
@@ -64,6 +68,29 @@ def small_spec(**changes: Any) -> pb.ExperimentSpec:
     spec = pb.ExperimentSpec(num_samples=N, num_epochs=NUM_EPOCHS, meta_batch_size=B, mini_batch_size=CHOSEN)
     spec.evolved_sampling.prune_ratio = 0.25
     spec.MergeFrom(pb.ExperimentSpec(**changes))
+    return spec
+
+
+def policies(chance: random.Random) -> pb.ExperimentSpec:
+    """A spec with some policy, and nothing else."""
+    one_of = pb.ExperimentSpec.DESCRIPTOR.oneofs_by_name["policy"]
+    spec = pb.ExperimentSpec()
+    name = chance.choice(one_of.fields).name
+    getattr(spec, name).SetInParent()
+    match name:
+        case "evolved_sampling" | "random_subset":
+            getattr(spec, name).prune_ratio = 0.5
+        case "custom":  # of halves_of_losses.py
+            spec.custom.name = "halves"
+            spec.custom.settings["share"].number = chance.choice([0.3, 1])
+            spec.custom.settings["least"].integer = 12
+    if chance.random() < 0.2:
+        spec.num_groups = NUM_GROUPS
+        spec.group_floor = chance.choice([0, 0.05])
+        if chance.random() < 0.5:
+            spec.mixture.weights.extend([1] * chance.choice([0, NUM_GROUPS]))
+            if chance.random() < 0.5:
+                spec.mixture.step_size = 1
     return spec
 
 
@@ -137,12 +164,12 @@ class RequestMaker:
             return False
         known = [(member.generation, member.rank, member.claim) for member in target.members]
         is_member = (message.member.generation, message.member.rank, message.member.claim) in known
-        return not is_member or ("losses" in fields and len(message.losses) % 4 != 0)
+        return not is_member or ("losses" in fields and bool(len(message.losses) % 4 or message.columns))
 
     # Plausible requests
 
     def _plausible_messages(self, method: MethodDescriptor) -> list[Any]:
-        is_import = method.input_type.name == "ImportScoresRequest"
+        is_import = method.client_streaming
         takes_run = "member" in method.input_type.fields_by_name
 
         def weight(target: Target) -> float:
@@ -151,7 +178,7 @@ class RequestMaker:
 
         (target,) = self._chance.choices(self._targets, [weight(target) for target in self._targets])
         if is_import:
-            return self._import(target)
+            return self._streamed(method, target)
         return [self._plausible(method.input_type, target) for _ in range(self._num_messages(method))]
 
     def _plausible(self, descriptor: Descriptor, target: Target) -> Any:
@@ -170,6 +197,9 @@ class RequestMaker:
                     getattr(message, each.name).CopyFrom(self._plausible(each.message_type, target))
             elif not each.has_presence or self._odds(0.5):
                 setattr(message, each.name, self._plausible_value(each, target, message))
+        if getattr(descriptor.fields_by_name.get("columns"), "message_type", None) is not None:  # those of a report
+            for name in target.columns:
+                message.columns[name] = self._floats(target, message)
         return message
 
     def _one_of_each(self, descriptor: Descriptor) -> Iterator[FieldDescriptor]:
@@ -199,15 +229,24 @@ class RequestMaker:
     def _create(self, target: Target) -> pb.CreateExperimentRequest:
         name = self._chance.choice([*_NAMES, target.ref.name])
         spec = small_spec(seed=self._chance.randrange(2), warm_start=self._odds(0.3))
+        if self._odds(0.7):
+            spec.MergeFrom(policies(self._chance))
         return pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec)
 
-    def _import(self, target: Target) -> list[Any]:
+    def _streamed(self, method: MethodDescriptor, target: Target) -> list[Any]:
+        """Columns of all samples, in a few messages."""
         cuts = sorted(self._chance.randint(0, N) for _ in range(self._chance.randint(0, 3)))
-        messages = []
+        messages: list[Any] = []
+        has_reference = self._odds(0.4)
         for begin, end in zip([0, *cuts], [*cuts, N], strict=True):
             columns = [
                 struct.pack(f"<{end - begin}f", *(self._chance.random() for _ in range(begin, end))) for _ in "12"
             ]
+            if method.name == "SetGroups":
+                ids = struct.pack(f"<{end - begin}H", *(self._chance.randrange(NUM_GROUPS) for _ in range(begin, end)))
+                losses = columns[0] if has_reference else b""
+                messages.append(pb.SetGroupsRequest(first_sample=begin, groups=ids, reference_losses=losses))
+                continue
             message = pb.ImportScoresRequest(first_sample=begin, scores=columns[0], sampling_weights=columns[1])
             if self._odds(0.5):
                 message.num_visits = struct.pack(f"<{end - begin}I", *range(begin, end))
@@ -229,11 +268,15 @@ class RequestMaker:
                 return max(target.epoch + chance.choice([0, 0, 0, 0, 1, -1]), 0)
             case "world_size":
                 return chance.choice([1, 1, 2, 4])
+            case "num_samples":
+                return N + chance.choice([0, 0, 0, 10])
             case "num_steps":
                 return chance.choice([1, 1, 2, 3])
             case "losses":
-                num_rows = B // target.world_size * getattr(message, "num_steps", 1)
-                return struct.pack(f"<{num_rows}f", *(chance.random() for _ in range(num_rows)))
+                return self._floats(target, message)
+            case "chosen":
+                num_bytes = -(-target.step_rows // target.world_size // 8) * message.num_steps
+                return chance.choice([b"", chance.randbytes(num_bytes)])
         match each.cpp_type:
             case FieldDescriptor.CPPTYPE_STRING:
                 return self._random_bytes() if each.type == FieldDescriptor.TYPE_BYTES else ""
@@ -243,6 +286,11 @@ class RequestMaker:
                 return chance.random()
             case _:
                 return chance.choice([0, 0, 0, 1, 1, 2, 3, 5])
+
+    def _floats(self, target: Target, message: Any) -> bytes:
+        """A value for each row of a report."""
+        num_rows = target.step_rows // target.world_size * getattr(message, "num_steps", 1)
+        return struct.pack(f"<{num_rows}f", *(self._chance.random() for _ in range(num_rows)))
 
     # What becomes of them
 
@@ -262,12 +310,24 @@ class RequestMaker:
             for _ in range(self._chance.choice([1, 10, 10_000])):
                 if each.message_type is None:
                     values.append(self._extreme(each))
-                elif not each.message_type.GetOptions().map_entry:
+                elif each.message_type.GetOptions().map_entry:
+                    self._spoil_map(values, each.message_type)
+                else:
                     values.add()
         elif each.message_type is not None:
             getattr(message, each.name).CopyFrom(self._plausible(each.message_type, self._chance.choice(self._targets)))
         else:
             setattr(message, each.name, self._extreme(each))
+
+    def _spoil_map(self, values: Any, entry: Descriptor) -> None:
+        """Give an extreme value to a key that is there, or to another one."""
+        key = self._chance.choice([*values, self._extreme(entry.fields_by_name["key"])])
+        value = entry.fields_by_name["value"]
+        if value.message_type is None:
+            values[key] = self._extreme(value)
+        else:
+            setting = self._chance.choice(value.message_type.fields)
+            setattr(values[key], setting.name, self._extreme(setting))
 
     def _extreme(self, each: FieldDescriptor) -> Any:
         chance = self._chance

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from evosample.sampling import (
     EpochShape,
     ExperimentSpec,
+    Kakurenbo,
+    Plan,
+    Report,
     Scores,
     Table,
     fold_epoch,
@@ -66,6 +70,13 @@ class Member(NamedTuple):
     claim: str
 
 
+class RowCounts(NamedTuple):
+    visited: int
+    non_finite: int
+    unreported: int
+    trained: int
+
+
 class Status(NamedTuple):
     """What is shown of an experiment."""
 
@@ -80,8 +91,10 @@ class Status(NamedTuple):
     visited_rows: int
     non_finite_rows: int
     unreported_rows: int
+    trained_rows: int
     retained_epochs: tuple[int, ...]
     pins: dict[str, int]
+    num_steps: int
 
 
 class Joined(NamedTuple):
@@ -107,6 +120,9 @@ class Streamed(NamedTuple):
     step_rows: int
     trained_rows: int
     table_checksum: int
+    selecting_interval: int
+    num_hidden_steps: int
+    learning_rate_factor: float
     streamed_steps: int
     sample_ids: list[int]
     prior_scores: list[float]
@@ -129,6 +145,10 @@ class Exported(NamedTuple):
     scores: list[float]
     sampling_weights: list[float]
     num_visits: list[int]
+    staleness: list[int]
+    num_chosen: list[int]
+    chosen_staleness: list[int]
+    columns: dict[str, list[float]]
 
 
 @dataclass
@@ -138,11 +158,12 @@ class Epoch:
     plan_id: str
     scores: Scores
     """At its start."""
-    row_counts: tuple[int, int, int]
-    """Of the epochs before it: visited, not finite, not reported."""
+    row_counts: RowCounts
+    """Of the epochs before it."""
     table: Table
-    losses: NDArray[np.float32]
-    """Float32 [num_steps, step_rows]: what will be folded. NaN: not reported; +inf: reported, but not finite."""
+    shape: EpochShape
+    report: Report
+    """What will be folded: as in `fold_epoch`, but [num_steps, step_rows]."""
 
 
 @dataclass
@@ -152,7 +173,7 @@ class Run:
     run_id: str
     world_size: int
     begun_at: set[Position | None]
-    """What may be given as its position: where it began, what that was given as, and nothing."""
+    """What may be given as its position: where it began, and nothing."""
     straggler_timeout_ms: int | None
     first_step: int
     """Of the current epoch: what this run does not have to report."""
@@ -161,7 +182,7 @@ class Run:
     """Name -> rank and claim, of those processes that have told their names."""
     finished: set[int] = field(default_factory=set)
     recorded: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
-    """(plan, rank) -> float32 [num_steps, part rows]: all that this run's rank has reported, as in `Epoch.losses`."""
+    """(plan, rank) -> float32 [num_steps, part rows]: all losses that this run's rank has reported."""
 
 
 class Experiment:
@@ -185,15 +206,17 @@ class Experiment:
 
     @property
     def shape(self) -> EpochShape:
-        return self.spec.shape(self.epoch)
+        return self.current.shape
 
     @property
     def unfinished_ranks(self) -> list[int]:
         return [rank for rank in range(self.run.world_size) if rank not in self.run.finished]
 
     def num_steps(self, epoch: int) -> int:
-        """Steps of an epoch; 0 of the one after the last, where a run ends."""
-        return self.spec.shape(epoch).num_steps if epoch < self.spec.num_epochs else 0
+        """Steps of an epoch (of one that is not retained, the most that it may have); 0 after the last one."""
+        if epoch == self.spec.num_epochs:
+            return 0
+        return (self.epochs[epoch].shape if epoch in self.epochs else self.spec.shape(epoch)).num_steps
 
     def can_have(self, world_size: int) -> bool:
         """Whether every rank gets an equal part of each step and of its mini-batch."""
@@ -236,7 +259,7 @@ class Model:
 
     def create(self, name: str, spec: ExperimentSpec) -> Status:
         if name not in self.experiments:
-            first = self._planned(spec, 0, initial_scores(spec.num_samples), (0, 0, 0))
+            first = self._planned(spec, 0, initial_scores(spec.num_samples, spec.policy.columns), RowCounts(0, 0, 0, 0))
             self.experiments[name] = Experiment(self._new("uid"), spec, first)
         experiment = self.experiments[name]
         self.settle(experiment)
@@ -277,17 +300,20 @@ class Model:
             *experiment.current.row_counts,
             tuple(sorted(experiment.epochs)),
             experiment.pins.copy(),
+            0 if experiment.state == "unplanned" else experiment.num_steps(experiment.epoch),
         )
 
     # Epochs
 
-    def _planned(self, spec: ExperimentSpec, epoch: int, scores: Scores, row_counts: tuple[int, int, int]) -> Epoch:
-        if epoch == spec.num_epochs:
-            nothing = np.empty(0, np.float32)
-            return Epoch(self._new("plan"), scores, row_counts, Table(nothing, nothing, None), nothing)
-        shape = spec.shape(epoch)
-        losses = np.full((shape.num_steps, shape.step_rows), np.nan, np.float32)
-        return Epoch(self._new("plan"), scores, row_counts, plan_epoch(spec, epoch, scores), losses)
+    def _planned(self, spec: ExperimentSpec, epoch: int, scores: Scores, row_counts: RowCounts) -> Epoch:
+        nothing = np.empty(0, np.float32)
+        plan = Plan(Table(nothing, nothing, None), EpochShape(0, 0, 0, 1, 0, is_annealing=False))
+        if epoch < spec.num_epochs:
+            plan = plan_epoch(spec, epoch, scores)
+        rows = plan.shape.num_steps, plan.shape.step_rows
+        columns = {name: np.zeros(rows, np.float32) for name in spec.policy.reported_columns}
+        report = Report(np.full(rows, np.nan, np.float32), np.zeros(rows, np.bool_), columns)
+        return Epoch(self._new("plan"), scores, row_counts, *plan, report)
 
     def settle(self, experiment: Experiment) -> None:
         """Make the turn that is due, if one is: a server does so when it is asked for what comes after it."""
@@ -297,10 +323,13 @@ class Model:
         if experiment.state != "sealed":
             return
         spec, ended = experiment.spec, experiment.current
-        scores, counts = fold_epoch(spec, ended.scores, ended.table.sample_ids, ended.losses.ravel())
-        visited, non_finite, unreported = (old + new for old, new in zip(ended.row_counts, counts, strict=True))
+        columns = {name: column.ravel() for name, column in ended.report.columns.items()}
+        report = Report(ended.report.losses.ravel(), ended.report.chosen.ravel(), columns)
+        scores, counts = fold_epoch(spec, ended.scores, ended.table.sample_ids, report)
+        new_counts = (*counts, ended.shape.num_trained)
+        row_counts = RowCounts(*(old + new for old, new in zip(ended.row_counts, new_counts, strict=True)))
         experiment.epoch += 1
-        following = self._planned(spec, experiment.epoch, scores, (visited, non_finite, unreported))
+        following = self._planned(spec, experiment.epoch, scores, row_counts)
         experiment.epochs[experiment.epoch] = following
         experiment.forget_old_epochs()
         experiment.run.finished = set()
@@ -359,11 +388,11 @@ class Model:
                 raise _failed("EPOCH_NOT_RETAINED")
             target = self._target(experiment, position if is_there else None)
             self._go_to(experiment, target)
-            begun_at = {None, position, self._canonical(experiment, target)}
+            begun_at = {None, self._canonical(experiment, target)}
             run = experiment.run = Run(run_id, world_size, begun_at, straggler_timeout_ms, target.step)
             experiment.run_ids.add(run_id)
             experiment.generation += 1
-            unreported_rows = int(np.isnan(experiment.current.losses[: target.step]).sum())
+            unreported_rows = int(np.isnan(experiment.current.report.losses[: target.step]).sum())
         claim = run.claims[rank] = self._new("claim")
         if process_id:
             run.processes[process_id] = rank, claim
@@ -396,13 +425,16 @@ class Model:
 
     @staticmethod
     def _go_to(experiment: Experiment, target: Position) -> None:
-        """Drop what came after the epoch, and the losses at or after the step."""
+        """Drop what came after the epoch, and what was reported at or after the step."""
         if target.epoch < experiment.epoch:
             experiment.epoch = target.epoch
             experiment.state = "unplanned"
             experiment.epochs = {e: kept for e, kept in experiment.epochs.items() if e <= target.epoch}
             experiment.pins = {pin: e for pin, e in experiment.pins.items() if e <= target.epoch}
-        experiment.current.losses[target.step :] = np.nan
+        losses, chosen, columns = experiment.current.report
+        losses[target.step :] = np.nan
+        for column in (chosen, *columns.values()):
+            column[target.step :] = 0
 
     def _find_for(self, member: Member) -> Experiment:
         if not member.ref.uid:
@@ -446,13 +478,25 @@ class Model:
             shape.step_rows,
             shape.trained_rows,
             zlib.crc32(b"".join(column.tobytes() for column in columns)),
+            shape.selecting_interval,
+            shape.num_hidden_steps,
+            experiment.spec.policy.learning_rate_factor(shape.num_rows, shape.num_hidden_steps * shape.step_rows),
             stop - first_step,
             mine(table.sample_ids),
             mine(table.prior_scores),
             mine(table.importance_weights),
         )
 
-    def report(self, member: Member, plan_id: str, first_step: int, num_steps: int, losses: NDArray[np.float32]) -> int:
+    def report(
+        self,
+        member: Member,
+        plan_id: str,
+        first_step: int,
+        num_steps: int,
+        losses: NDArray[np.float32],
+        columns: Mapping[str, NDArray[np.float32]],
+        chosen: bytes,
+    ) -> int:
         """Returns how many losses were not finite."""
         experiment = self._find_for(member)
         self._check_open(experiment, plan_id)
@@ -460,22 +504,40 @@ class Model:
             raise _invalid("first_step")
         if not 1 <= num_steps <= experiment.shape.num_steps - first_step:
             raise _invalid("num_steps")
-        return self._record(experiment, member.rank, first_step, num_steps, losses)
+        part_rows = experiment.shape.step_rows // experiment.run.world_size
+        self._check_rows(experiment, num_steps * part_rows, losses, columns)
+        if len(chosen) not in (0, num_steps * -(-part_rows // 8)):
+            raise _invalid("chosen")
+        is_chosen = [False] * (num_steps * part_rows)  # not known is not chosen
+        for step in range(num_steps if chosen else 0):
+            bits = int.from_bytes(chosen[step * -(-part_rows // 8) :][: -(-part_rows // 8)], "little")
+            is_chosen[step * part_rows : (step + 1) * part_rows] = [bool(bits >> row & 1) for row in range(part_rows)]
+        return self._record(
+            experiment, member.rank, first_step, num_steps, Report(losses, np.array(is_chosen), columns)
+        )
 
-    def select(self, member: Member, plan_id: str, step: int, losses: NDArray[np.float32]) -> Selected:
+    def select(
+        self,
+        member: Member,
+        plan_id: str,
+        step: int,
+        losses: NDArray[np.float32],
+        columns: Mapping[str, NDArray[np.float32]],
+    ) -> Selected:
         experiment = self._find_for(member)
         self._check_open(experiment, plan_id)
         shape, table, world_size = experiment.shape, experiment.current.table, experiment.run.world_size
         if step >= shape.num_steps:
             raise _invalid("step")
-        num_non_finite = self._record(experiment, member.rank, step, 1, losses)
+        self._check_rows(experiment, shape.step_rows // world_size, losses, columns)
         prior_scores, set_weights = (
             None if column is None else column.reshape(shape.num_steps, world_size, -1)[step, member.rank]
             for column in (table.prior_scores, table.importance_weights)
         )
         assert prior_scores is not None
-        chosen = select_mini_batch(
+        drawn = select_mini_batch(
             experiment.spec,
+            shape,
             epoch=experiment.epoch,
             step=step,
             rank=member.rank,
@@ -484,7 +546,26 @@ class Model:
             losses=losses,
             set_importance_weights=set_weights,
         )
-        return Selected(chosen.positions.tolist(), chosen.importance_weights.tolist(), num_non_finite)
+        chosen = np.isin(np.arange(losses.size), drawn.positions)
+        num_non_finite = self._record(experiment, member.rank, step, 1, Report(losses, chosen, columns))
+        return Selected(drawn.positions.tolist(), drawn.importance_weights.tolist(), num_non_finite)
+
+    @staticmethod
+    def _check_rows(
+        experiment: Experiment, num_rows: int, losses: NDArray[np.float32], columns: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        if set(columns) != set(experiment.spec.policy.reported_columns):
+            raise _invalid("columns")
+        for name in experiment.spec.policy.reported_columns:
+            if columns[name].size != num_rows:
+                raise _invalid(f"columns.{name}")
+        if losses.size != num_rows or (np.isfinite(losses) & (losses < 0)).any():
+            raise _invalid("losses")
+        if isinstance(experiment.spec.policy, Kakurenbo):
+            for name, values in columns.items():
+                usual = values[np.isfinite(values)]
+                if ((usual < 0) | (usual > 1)).any() or (name == "correct" and not np.isin(usual, [0, 1]).all()):
+                    raise _invalid(name)
 
     @staticmethod
     def _check_open(experiment: Experiment, plan_id: str) -> None:
@@ -492,17 +573,20 @@ class Model:
             raise _failed("EPOCH_CLOSED")
 
     @staticmethod
-    def _record(experiment: Experiment, rank: int, first_step: int, num_steps: int, losses: NDArray[np.float32]) -> int:
+    def _record(experiment: Experiment, rank: int, first_step: int, num_steps: int, report: Report) -> int:
         """What belongs to steps before the run's position is recorded, but not folded."""
         recorded = experiment.recorded(rank)[first_step : first_step + num_steps]
-        if losses.size != recorded.size or (np.isfinite(losses) & (losses < 0)).any():
-            raise _invalid("losses")
-        recorded[:] = np.where(np.isfinite(losses), losses, np.float32(np.inf)).reshape(recorded.shape)
         part_rows = recorded.shape[1]
+        losses = np.where(np.isfinite(report.losses), report.losses, np.float32(np.inf))
+        recorded[:] = losses.reshape(recorded.shape)
+        folded = experiment.current.report
+        pairs = [(folded.losses, losses), (folded.chosen, report.chosen)]
+        pairs += [(folded.columns[name], column) for name, column in report.columns.items()]
         for step in range(max(first_step, experiment.run.first_step), first_step + num_steps):
-            row = rank * part_rows
-            experiment.current.losses[step, row : row + part_rows] = recorded[step - first_step]
-        return int(np.count_nonzero(~np.isfinite(losses)))
+            row, at = rank * part_rows, (step - first_step) * part_rows
+            for whole, part in pairs:
+                whole[step, row : row + part_rows] = part[at : at + part_rows]
+        return int(np.count_nonzero(~np.isfinite(report.losses)))
 
     def finish(
         self, member: Member, epoch: int, plan_id: str, reported_rows: int | None = None, crc: int | None = None
@@ -532,7 +616,16 @@ class Model:
         if wanted not in experiment.epochs:
             raise _failed("EPOCH_NOT_RETAINED")
         scores = experiment.epochs[wanted].scores
-        return Exported(wanted, scores.scores.tolist(), scores.sampling_weights.tolist(), scores.num_visits.tolist())
+        return Exported(
+            wanted,
+            scores.scores.tolist(),
+            scores.sampling_weights.tolist(),
+            scores.num_visits.tolist(),
+            scores.staleness.tolist(),
+            scores.num_chosen.tolist(),
+            scores.chosen_staleness.tolist(),
+            {name: column.tolist() for name, column in scores.columns.items()},
+        )
 
     def force_finish(self, ref: Ref, epoch: int) -> list[int]:
         """Returns the ranks that had not finished."""
@@ -556,17 +649,25 @@ class Model:
             raise Refused("RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED")
         experiment.pins[name] = epoch
 
-    def import_scores(self, ref: Ref, scores: Scores) -> None:
+    def import_scores(
+        self,
+        ref: Ref,
+        scores: NDArray[np.float32],
+        sampling_weights: NDArray[np.float32],
+        num_visits: NDArray[np.uint32],
+    ) -> None:
+        """What the policy keeps besides is as at any start."""
         experiment = self._find(ref)
-        if len(scores.scores) != experiment.spec.num_samples:
+        if scores.size != experiment.spec.num_samples:
             raise _invalid("num_samples")
         if experiment.generation:
             raise _failed("FAILED_PRECONDITION")
-        for name in ("scores", "sampling_weights"):
-            values = getattr(scores, name)
+        for name, values in [("scores", scores), ("sampling_weights", sampling_weights)]:
             if not (np.isfinite(values) & (values >= 0)).all():
                 raise _invalid(name)
-        experiment.epochs[0] = self._planned(experiment.spec, 0, scores, (0, 0, 0))
+        start = initial_scores(scores.size, experiment.spec.policy.columns)
+        start = start._replace(scores=scores, sampling_weights=sampling_weights, num_visits=num_visits)
+        experiment.epochs[0] = self._planned(experiment.spec, 0, start, RowCounts(0, 0, 0, 0))
         experiment.has_imported_scores = True
 
 

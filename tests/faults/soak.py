@@ -31,7 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for running it as a script
 
 import evosample
-from faults.harness import SETTINGS, ReplicatedServer, computed, run_job
+from faults.harness import EACH_POLICY, ReplicatedServer, computed, run_job
 from stores import StandaloneStore
 
 NUM_WORKERS, EXPERIMENTS_A_WORKER, WORLD_SIZES = 4, 5, (2, 5)
@@ -45,16 +45,20 @@ def work(addresses: str, number: int, seconds: float) -> None:
     """One process that trains: a line of JSON on standard output for every job."""
     deadline_s = time.monotonic() + seconds
     printing = threading.Lock()
-    expected = {world_size: computed(SETTINGS, world_size) for world_size in WORLD_SIZES}
+    policies = list(EACH_POLICY.values())
 
     def loop(experiment: int) -> None:
         world_size = WORLD_SIZES[experiment % len(WORLD_SIZES)]
+        settings = policies[(EXPERIMENTS_A_WORKER * number + experiment) % len(policies)]
+        expected = computed(settings, world_size)
         job = 0
         while time.monotonic() < deadline_s:
             name = f"worker{number}-experiment{experiment}-job{job}"
             began_s = time.monotonic()
-            found = run_job(addresses, name, world_size=world_size, pace_s=PACE_S, outage_timeout_s=180)
-            report = {"job": name, "is_right": found == expected[world_size], "seconds": time.monotonic() - began_s}
+            found = run_job(
+                addresses, name, settings=settings, world_size=world_size, pace_s=PACE_S, outage_timeout_s=180
+            )
+            report = {"job": name, "is_right": found == expected, "seconds": time.monotonic() - began_s}
             with printing:
                 print(json.dumps(report), flush=True)
             with evosample.connect(addresses) as client:

@@ -14,7 +14,7 @@ import pytest
 import evosample
 from evosample.wire import ExperimentName
 from evosample_server import keys
-from faults.harness import SETTINGS, Outcome, ReplicatedServer, disturbing, run_job
+from faults.harness import SETTINGS, Outcome, ReplicatedServer, disturbing, exported, run_job
 from stores import ClusterStore, StandaloneStore, StoreProcess
 from support import fixed_losses
 
@@ -155,7 +155,7 @@ def test_what_was_committed_is_on_a_replica_before_anybody_learns_of_it(tmp_path
         with evosample.connect(server.address) as client:
             experiment = client.get_experiment("job")
             assert experiment.status().state == "finished"
-            assert b"".join(column.tobytes() for column in experiment.export_scores()[1:]) == job.scores
+            assert exported(experiment) == job.scores
     finally:
         server.stop()
         cluster.close()

@@ -29,7 +29,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from numpy.typing import NDArray
 
-from evosample.sampling import EvolvedSampling, ExperimentSpec, RandomSubset, Scores, Uniform
+from evosample.sampling import (
+    UCB,
+    EvolvedSampling,
+    ExperimentSpec,
+    ImportanceWeight,
+    InfoBatch,
+    InvalidValue,
+    Kakurenbo,
+    OrderedSGD,
+    RandomSubset,
+    SelectiveBackprop,
+    Uniform,
+)
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import spec_from_proto, spec_to_proto
@@ -110,9 +122,13 @@ def floats(column: bytes) -> list[float]:
     return values
 
 
-def integers(column: bytes) -> list[int]:
-    values: list[int] = np.frombuffer(column, "<u4").tolist()
+def integers(column: bytes, dtype: str = "<u4") -> list[int]:
+    values: list[int] = np.frombuffer(column, dtype).tolist()
     return values
+
+
+def column_bytes(columns: dict[str, NDArray[np.float32]]) -> dict[str, bytes]:
+    return {name: column.tobytes() for name, column in columns.items()}
 
 
 class Server:
@@ -190,8 +206,10 @@ class Server:
             experiment.visited_rows,
             experiment.non_finite_rows,
             experiment.unreported_rows,
+            experiment.trained_rows,
             tuple(experiment.retained_epochs),
             dict(experiment.pins),
+            experiment.num_steps,
         )
 
     def join(
@@ -255,28 +273,53 @@ class Server:
             first.start.step_rows,
             first.start.trained_rows,
             first.start.table_checksum,
+            first.start.selecting_interval,
+            first.start.num_hidden_steps,
+            first.start.learning_rate_factor,
             step - first_step,
             integers(b"".join(chunk.sample_ids for chunk in chunks)),
             floats(b"".join(chunk.prior_scores for chunk in chunks)),
             floats(b"".join(chunk.importance_weights for chunk in chunks)),
         )
 
-    def report(self, member: Member, plan_id: str, first_step: int, num_steps: int, losses: NDArray[np.float32]) -> int:
+    def report(
+        self,
+        member: Member,
+        plan_id: str,
+        first_step: int,
+        num_steps: int,
+        losses: NDArray[np.float32],
+        columns: dict[str, NDArray[np.float32]],
+        chosen: bytes,
+    ) -> int:
         request = pb.ReportLossesRequest(
             member=self._member(member),
             plan_id=self._plan(plan_id),
             first_step=first_step,
             num_steps=num_steps,
             losses=losses.tobytes(),
+            columns=column_bytes(columns),
+            chosen=chosen,
         )
         return self._stub.ReportLosses(request, timeout=TIMEOUT_S).non_finite_losses
 
-    def select(self, member: Member, plan_id: str, step: int, losses: NDArray[np.float32]) -> Selected:
+    def select(
+        self,
+        member: Member,
+        plan_id: str,
+        step: int,
+        losses: NDArray[np.float32],
+        columns: dict[str, NDArray[np.float32]],
+    ) -> Selected:
         request = pb.SelectMiniBatchRequest(
-            member=self._member(member), plan_id=self._plan(plan_id), step=step, losses=losses.tobytes()
+            member=self._member(member),
+            plan_id=self._plan(plan_id),
+            step=step,
+            losses=losses.tobytes(),
+            columns=column_bytes(columns),
         )
-        chosen = self._stub.SelectMiniBatch(request, timeout=TIMEOUT_S)
-        return Selected(integers(chosen.positions), floats(chosen.importance_weights), chosen.non_finite_losses)
+        drawn = self._stub.SelectMiniBatch(request, timeout=TIMEOUT_S)
+        return Selected(integers(drawn.positions), floats(drawn.importance_weights), drawn.non_finite_losses)
 
     def finish(self, member: Member, epoch: int, plan_id: str, reported_rows: int | None, crc: int | None) -> Finished:
         request = pb.FinishEpochRequest(
@@ -294,7 +337,16 @@ class Server:
         request = pb.ExportScoresRequest(ref=self._ref(ref), epoch=epoch)
         (rows,) = self._stub.ExportScores(request, timeout=TIMEOUT_S)
         assert rows.first_sample == 0
-        return Exported(rows.epoch, floats(rows.scores), floats(rows.sampling_weights), integers(rows.num_visits))
+        return Exported(
+            rows.epoch,
+            floats(rows.scores),
+            floats(rows.sampling_weights),
+            integers(rows.num_visits),
+            integers(rows.staleness, "<u1"),
+            integers(rows.num_chosen, "<u2"),
+            integers(rows.chosen_staleness, "<u1"),
+            {name: floats(column) for name, column in rows.columns.items()},
+        )
 
     def force_finish(self, ref: Ref, epoch: int) -> list[int]:
         request = pb.ForceFinishEpochRequest(ref=self._ref(ref), epoch=epoch)
@@ -303,18 +355,18 @@ class Server:
     def pin(self, ref: Ref, name: str, epoch: int | None) -> None:
         self._stub.PinEpoch(pb.PinEpochRequest(ref=self._ref(ref), pin=name, epoch=epoch), timeout=TIMEOUT_S)
 
-    def import_scores(self, ref: Ref, scores: Scores) -> None:
-        messages = [
-            pb.ImportScoresRequest(
-                first_sample=first,
-                scores=scores.scores[first : first + 30].tobytes(),
-                sampling_weights=scores.sampling_weights[first : first + 30].tobytes(),
-                num_visits=scores.num_visits[first : first + 30].tobytes(),
+    def import_scores(self, ref: Ref, *columns: NDArray[Any]) -> None:
+        num_samples = columns[0].size
+        messages = []
+        for first in range(0, num_samples, 30):
+            scores, sampling_weights, num_visits = (column[first : first + 30].tobytes() for column in columns)
+            messages.append(
+                pb.ImportScoresRequest(
+                    first_sample=first, scores=scores, sampling_weights=sampling_weights, num_visits=num_visits
+                )
             )
-            for first in range(0, len(scores.scores), 30)
-        ]
         messages[0].ref.CopyFrom(self._ref(ref))
-        messages[0].num_samples = len(scores.scores)
+        messages[0].num_samples = num_samples
         self._stub.ImportScores(iter(messages), timeout=TIMEOUT_S)
 
 
@@ -325,14 +377,30 @@ def mostly(usual: Sequence[T], otherwise: Sequence[T]) -> st.SearchStrategy[T]:
     return st.integers(0, 11).flatmap(lambda i: st.sampled_from(otherwise if i == 7 else usual))
 
 
+draws = ["successive", "systematic", "top_k"]
 evolved = st.builds(
-    EvolvedSampling, prune_ratio=st.sampled_from([0.25, 0.5, 0.0]), annealing=st.sampled_from([0.0, 0.05])
+    EvolvedSampling,
+    prune_ratio=st.sampled_from([0.25, 0.5, 0.0]),
+    annealing=st.sampled_from([0.0, 0.05]),
+    set_draw=st.sampled_from(draws),
+    batch_draw=st.sampled_from([*draws, "with_replacement"]),
 )
 policies = st.one_of(
     evolved,
     evolved,
     st.builds(RandomSubset, prune_ratio=st.sampled_from([0.3, 0.0])),
     st.just(Uniform()),
+    st.builds(InfoBatch, ratio=st.sampled_from([0.5, 0.9]), delta=st.sampled_from([0.7, 1.0])),
+    st.builds(Kakurenbo, max_ratio=st.sampled_from([0.3, 0.6]), min_confidence=st.sampled_from([0.7, 2**-4])),
+    st.builds(Kakurenbo, max_ratio=st.sampled_from([0.6, 0.9])),
+    st.just(OrderedSGD()),
+    st.builds(UCB, prune_ratio=st.sampled_from([0.3, 0.6])),
+    st.builds(
+        SelectiveBackprop,
+        begin=st.sampled_from([0.0, 0.4]),
+        end=st.sampled_from([0.7, 1.0]),
+        selecting_interval=st.sampled_from([1, 2, 3]),
+    ),
 )
 
 
@@ -342,16 +410,22 @@ what_follows = st.sampled_from(["look", "stream", "export", "create"])
 @st.composite
 def specs(draw: st.DrawFn) -> ExperimentSpec:
     meta_batch_size, mini_batch_size = draw(st.sampled_from([(12, 6), (8, 4), (9, 3)]))
-    return ExperimentSpec(
-        num_samples=draw(st.integers(40, 80)),
-        num_epochs=draw(st.integers(3, 5)),
-        meta_batch_size=meta_batch_size,
-        mini_batch_size=mini_batch_size,
-        policy=draw(policies),
-        importance_weight=draw(st.sampled_from(["none", "unbiased", "self_normalized"])),
-        seed=draw(st.integers(0, 9)),
-        warm_start=draw(st.sampled_from([False, False, True])),
-    )
+    settings: dict[str, Any] = {
+        "num_samples": draw(st.integers(40, 80)),
+        "num_epochs": draw(st.integers(3, 5)),
+        "meta_batch_size": meta_batch_size,
+        "mini_batch_size": mini_batch_size,
+        "policy": draw(policies),
+        "seed": draw(st.integers(0, 9)),
+        "warm_start": draw(st.sampled_from([False, False, True])),
+        "max_skipped_epochs": draw(st.sampled_from([0, 0, 1])),
+        "loss_clip_quantile": draw(st.sampled_from([1.0, 1.0, 0.5])),
+    }
+    try:
+        weights: list[ImportanceWeight] = ["none", "unbiased", "self_normalized"]
+        return ExperimentSpec(**settings, importance_weight=draw(st.sampled_from(weights)))
+    except InvalidValue:  # the policy has no inclusion probabilities
+        return ExperimentSpec(**settings)
 
 
 class Values(NamedTuple):
@@ -368,11 +442,34 @@ class Values(NamedTuple):
             column[random.random(self.size) < 0.3] = self.odd
         return column
 
+    def of_policy(self, name: str) -> NDArray[np.float32]:
+        """Losses, or what else is reported: shares, of predictions that are right 0 or 1; the odd ones as they are."""
+        column = self.column()
+        if name == "loss":
+            return column
+        shares = np.round(column / 4) if name == "correct" else column / 4
+        return np.where(column >= 0, shares, column).astype(np.float32)
+
 
 @st.composite
 def some_values(draw: st.DrawFn, count: int) -> Values:
     odd = draw(mostly([None], [np.nan, np.inf, -np.inf, -1.0]))
     return Values(draw(mostly([count], [max(count - 1, 0)])), draw(st.integers(0, 99)), odd)
+
+
+@st.composite
+def some_columns(draw: st.DrawFn, experiment: Experiment, count: int) -> dict[str, Values]:
+    """What a policy needs beside losses; mostly just that."""
+    names = list(experiment.spec.policy.reported_columns)
+    others = [names[1:], [*names, "other"]] if names else [["correct"]]
+    return {name: draw(some_values(count)) for name in draw(mostly([names], others))}
+
+
+@st.composite
+def some_bits(draw: st.DrawFn, num_steps: int, num_rows: int) -> bytes:
+    """Which rows were chosen, or nothing."""
+    num_bytes = num_steps * -(-num_rows // 8)
+    return draw(mostly([b"", draw(st.randoms()).randbytes(num_bytes)], [b"\xff" * (num_bytes + 1)]))
 
 
 # What is asked for depends on what there is: these look at the machine, and give one of its methods with arguments.
@@ -440,6 +537,19 @@ def new_runs(draw: st.DrawFn) -> Call:
 
 
 @st.composite
+def returns(draw: st.DrawFn) -> Call:
+    """A run that goes back to the end of an earlier epoch, which only the store knows if the policy is adaptive."""
+    machine: Machine = draw(st.runner())
+    ref = draw(st.sampled_from([ref for ref in machine.refs() if len(machine.model.experiments[ref.name].epochs) > 1]))
+    experiment = machine.model.experiments[ref.name]
+    epoch = draw(st.sampled_from(sorted(experiment.epochs)[:-1]))
+    world_size = draw(st.sampled_from([size for size in (1, 2, 3) if experiment.can_have(size)]))
+    position = Position(epoch, experiment.num_steps(epoch))
+    run_id = f"run-{len(machine.members) + 1}"
+    return "join", ref, run_id, 0, world_size, position, False, None, None, machine.new_process_id()
+
+
+@st.composite
 def joins_of_runs(draw: st.DrawFn) -> Call:
     """Another rank of the latest run, or one that joins again, as the same process or as another."""
     machine: Machine = draw(st.runner())
@@ -487,8 +597,10 @@ def reports(draw: st.DrawFn) -> Call:
     total = experiment.num_steps(experiment.epoch)
     first_step = draw(mostly(range(total), [total]))
     num_steps = draw(mostly(range(1, total - first_step + 1), [0, total + 1]))
-    losses = draw(some_values(num_steps * part_rows(experiment)))
-    return "report", member, draw(some_plan(member)), first_step, num_steps, losses, draw(mostly([1], [2]))
+    num_rows = part_rows(experiment)
+    losses, columns = draw(some_values(num_steps * num_rows)), draw(some_columns(experiment, num_steps * num_rows))
+    chosen, times = draw(some_bits(num_steps, num_rows)), draw(mostly([1], [2]))
+    return "report", member, draw(some_plan(member)), first_step, num_steps, losses, columns, chosen, times
 
 
 @st.composite
@@ -498,7 +610,9 @@ def selections(draw: st.DrawFn) -> Call:
     experiment = machine.about(member)
     total = experiment.num_steps(experiment.epoch)
     step = draw(mostly(range(total), [total]))
-    return "select", member, draw(some_plan(member)), step, draw(some_values(part_rows(experiment)))
+    num_rows = part_rows(experiment)
+    losses, columns = draw(some_values(num_rows)), draw(some_columns(experiment, num_rows))
+    return "select", member, draw(some_plan(member)), step, losses, columns
 
 
 def part_rows(experiment: Experiment) -> int:
@@ -533,8 +647,9 @@ def trainings(draw: st.DrawFn) -> Call:
     ref = draw(st.sampled_from(machine.refs(begun=True)))
     experiment = machine.model.experiments[ref.name]
     num_rows = experiment.num_steps(experiment.epoch) * part_rows(experiment)
-    losses = [draw(some_values(num_rows)) for _ in range(experiment.run.world_size)]
-    return "train_the_epoch", ref, losses, draw(what_follows)
+    names = ["loss", *experiment.spec.policy.reported_columns]
+    reports = [{name: draw(some_values(num_rows)) for name in names} for _ in range(experiment.run.world_size)]
+    return "train_the_epoch", ref, reports, draw(what_follows)
 
 
 @st.composite
@@ -573,6 +688,8 @@ def calls(draw: st.DrawFn) -> Call:
         kinds += [trainings, joins_of_runs, joins_of_runs]
     if machine.members and machine.refs():
         kinds += [streams, reports, reports, reports, selections, selections, finishes, finishes, finishes]
+    if any(len(known.epochs) > 1 for known in machine.model.experiments.values()):
+        kinds += [returns]
     if machine.refs():
         is_running = any(known.generation and known.state != "finished" for known in machine.model.experiments.values())
         kinds += [new_runs] * (2 if is_running else len(kinds))
@@ -677,7 +794,7 @@ class Machine(RuleBasedStateMachine):
 
     def import_scores(self, ref: Ref, scores: Values, sampling_weights: Values, with_visits: bool) -> None:
         num_visits = (np.arange(scores.size) % 3 * with_visits).astype(np.uint32)
-        self.both("import_scores", ref, Scores(scores.column(), sampling_weights.column(), num_visits))
+        self.both("import_scores", ref, scores.column(), sampling_weights.column(), num_visits)
 
     def join(self, ref: Ref, run_id: str, rank: int, *others: Any) -> None:
         joined = self.both("join", ref, run_id, rank, *others)
@@ -702,14 +819,26 @@ class Machine(RuleBasedStateMachine):
         if plan_id not in self.plan_ids:
             self.stream(member, self.about(member).epoch, 0, 1)
 
-    def report(self, member: Member, plan_id: str, first_step: int, num_steps: int, losses: Values, times: int) -> None:
+    def report(
+        self,
+        member: Member,
+        plan_id: str,
+        first_step: int,
+        num_steps: int,
+        losses: Values,
+        columns: dict[str, Values],
+        chosen: bytes,
+        times: int,
+    ) -> None:
         self.learn(member, plan_id)
+        values = {name: column.of_policy(name) for name, column in columns.items()}
         for _ in range(times):
-            self.both("report", member, plan_id, first_step, num_steps, losses.column())
+            self.both("report", member, plan_id, first_step, num_steps, losses.column(), values, chosen)
 
-    def select(self, member: Member, plan_id: str, step: int, losses: Values) -> None:
+    def select(self, member: Member, plan_id: str, step: int, losses: Values, columns: dict[str, Values]) -> None:
         self.learn(member, plan_id)
-        self.both("select", member, plan_id, step, losses.column())
+        values = {name: column.of_policy(name) for name, column in columns.items()}
+        self.both("select", member, plan_id, step, losses.column(), values)
 
     def finish(
         self, member: Member, epoch: int, plan_id: str, reported_rows: int | None, crc: int | None, then: str
@@ -731,7 +860,7 @@ class Machine(RuleBasedStateMachine):
             case "create":
                 self.both("create", member.ref.name, experiment.spec)
 
-    def train_the_epoch(self, ref: Ref, losses: list[Values], then: str) -> None:
+    def train_the_epoch(self, ref: Ref, reports: list[dict[str, Values]], then: str) -> None:
         """All ranks of the run join, report what they have not reported yet, and finish."""
         experiment = self.model.experiments[ref.name]
         run, epoch = experiment.run, experiment.epoch
@@ -743,14 +872,18 @@ class Machine(RuleBasedStateMachine):
             if experiment.state == "finished":
                 return
             plan_id, recorded = experiment.current.plan_id, experiment.recorded(rank)
-            if losses[rank].size == recorded.size:
-                for step, rows in enumerate(losses[rank].column().reshape(recorded.shape)):
-                    if step < run.first_step or not np.isnan(recorded[step]).any():
+            if all(values.size == recorded.size for values in reports[rank].values()):
+                columns = {n: values.of_policy(n).reshape(recorded.shape) for n, values in reports[rank].items()}
+                losses = columns.pop("loss")
+                for step in range(run.first_step, len(recorded)):
+                    if not np.isnan(recorded[step]).any():
                         continue
+                    others = {name: column[step] for name, column in columns.items()}
                     if step % 2:
-                        self.both("report", member, plan_id, step, 1, rows)
+                        chosen = np.packbits(losses[step] > 2, bitorder="little").tobytes()
+                        self.both("report", member, plan_id, step, 1, losses[step], others, chosen)
                     else:
-                        self.both("select", member, plan_id, step, rows)
+                        self.both("select", member, plan_id, step, losses[step], others)
             told = experiment.reported_rows(rank), checksum(recorded)
             self.both("finish", member, epoch, plan_id, *told)
             if experiment.state == "sealed":

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import evosample
 from evosample import run as run_module
@@ -68,7 +69,7 @@ def undisturbed_scores(server: ReplicatedServer) -> bytes:
 
 
 def scores_of(experiment: evosample.Experiment) -> bytes:
-    return b"".join(column.tobytes() for column in experiment.export_scores()[1:])
+    return b"".join(column.tobytes() for column in experiment.export_scores()[1:4])
 
 
 def test_a_store_that_goes_back_again_while_it_is_being_mended_is_mended_all_the_same(
@@ -228,6 +229,7 @@ def test_a_dead_process_that_is_heard_late_takes_no_living_ones_place(
             late = pb_grpc.SelectionServiceStub(dying).JoinRun.future(joining(1, "process-one"))
             assert proxy.held.wait(20)
             late.cancel()  # its process is killed
+            health_pb2_grpc.HealthStub(dying).Check(health_pb2.HealthCheckRequest())  # answered after that was noticed
             joined = stub.JoinRun(joining(1, "process-two"))
             member = pb.Member(ref=ref, generation=joined.generation, rank=1, claim=joined.claim)
             proxy.release()
@@ -283,3 +285,36 @@ def test_a_wait_for_servers_that_is_shorter_than_a_frozen_one_takes_to_be_found_
         go_through(uniform)
         assert not next(run).is_uniform
         run._closing.set()
+
+
+def test_a_store_that_goes_back_further_than_a_run_remembers_ends_it_and_the_next_one_begins_where_the_store_is(
+    start_replica: StartReplica, store: StandaloneStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is restored from an old backup: docs/operations.md."""
+    monkeypatch.setattr(run_module, "_KEPT_BYTES", 0)  # the current epoch and the one before are kept all the same
+    server = start_replica()
+    with evosample.connect(server.address) as client:
+        experiment = client.create_experiment("e", **SETTINGS)
+        run = experiment.epochs(run_id="before")
+        go_through(next(run))
+        epoch = next(run)
+        backup = snapshot(store)
+        for _ in range(3):
+            go_through(epoch)
+            epoch = next(run)
+        go_back(store, backup)
+
+        def go_on() -> None:
+            for batch in epoch:
+                batch.select(LOSSES[batch.epoch, batch.sample_ids])
+                run.flush()
+
+        with pytest.raises(evosample.DataLossError, match="back to epoch 1, whose losses this run no longer has"):
+            go_on()
+        run.close()
+        position = evosample.Position(4, 0)
+        with pytest.raises(evosample.EpochNotRetainedError):
+            next(experiment.epochs(run_id="after", position=position))
+        again = experiment.epochs(run_id="again", position=position, on_missing_epoch="current")
+        assert next(again).number == 1
+        again.close()

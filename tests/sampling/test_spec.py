@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from evosample.sampling import EvolvedSampling, ExperimentSpec, InvalidValue, RandomSubset, Uniform
+from evosample.sampling import EvolvedSampling, ExperimentSpec, InvalidValue, Policy, RandomSubset, Uniform
 
 GOOD: dict[str, Any] = {"num_samples": 1000, "num_epochs": 10, "meta_batch_size": 100, "mini_batch_size": 20}
 
@@ -43,10 +43,19 @@ def test_steps_add_up() -> None:
     assert spec.total_steps == 76
 
 
+@pytest.mark.parametrize("policy", [EvolvedSampling(prune_ratio=0.3), RandomSubset(prune_ratio=0.3), Uniform()])
+def test_rows_add_up(policy: Policy) -> None:
+    spec = ExperimentSpec(**(GOOD | {"mini_batch_size": 5}), policy=policy)
+    for epoch in range(spec.num_epochs + 1):
+        shapes = [spec.shape(before) for before in range(epoch)]
+        assert spec.num_rows_before(epoch) == sum(shape.num_rows for shape in shapes)
+        assert spec.num_trained_before(epoch) == sum(shape.num_trained for shape in shapes)
+
+
 def test_the_kept_share_is_not_a_victim_of_floating_point() -> None:
     for n in range(10, 2000, 10):
         spec = ExperimentSpec(num_samples=n, num_epochs=3, meta_batch_size=1, policy=EvolvedSampling(prune_ratio=0.7))
-        assert spec.shape(1).num_kept == n * 3 // 10
+        assert spec.num_places == spec.shape(1).num_steps == n * 3 // 10
 
 
 def test_uniform_takes_the_sizes_of_the_policy_it_is_compared_with() -> None:

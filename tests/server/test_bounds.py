@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from redis import Redis
 
 import evosample
 from evosample.v1 import selection_pb2 as pb
@@ -27,9 +29,8 @@ SETTINGS: dict[str, Any] = {"num_samples": 200, "num_epochs": 3, "meta_batch_siz
 def member_of(server: ServerProcess, **settings: Any) -> Iterator[tuple[pb_grpc.SelectionServiceStub, pb.Member]]:
     """A raw stub, and a member of a run of a new experiment."""
     with evosample.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
-        uid = client.create_experiment("e", **(SETTINGS | settings)).uid
+        ref = client.create_experiment("e", **(SETTINGS | settings)).ref
         stub = pb_grpc.SelectionServiceStub(channel)
-        ref = pb.ExperimentRef(name="e", uid=uid)
         joined = stub.JoinRun(pb.JoinRunRequest(ref=ref, run_id="run", world_size=1))
         yield stub, pb.Member(ref=ref, generation=joined.generation, claim=joined.claim)
 
@@ -43,7 +44,7 @@ def exhausted(call: Callable[[], Any]) -> str:
 
 
 def test_a_server_takes_so_many_streams(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--max-streams", "3")
+    server = start_server("--max-streams", "3", "--max-project-streams", "3")
     with member_of(server) as (stub, member):
         waiting = [stub.StreamEpoch(pb.StreamEpochRequest(member=member, epoch=1)) for _ in range(3)]
         for stream in waiting:
@@ -61,6 +62,65 @@ def test_a_server_takes_so_many_streams(start_server: Callable[..., ServerProces
         wait_until(is_free, "a stream that was cancelled to be counted out")
 
 
+def test_a_project_takes_no_more_than_half_of_the_streams(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-streams", "20")
+    with member_of(server) as (stub, member), member_of(server, project="other") as (_, others):
+        waiting = [stub.StreamEpoch(pb.StreamEpochRequest(member=member, epoch=1)) for _ in range(10)]
+        for stream in waiting:
+            next(stream)
+        said = exhausted(lambda: next(stub.StreamEpoch(pb.StreamEpochRequest(member=member, epoch=1))))
+        assert "10 streams of project 'default'" in said
+        assert list(stub.StreamEpoch(pb.StreamEpochRequest(member=others)))
+
+
+def test_a_project_takes_so_many_watches_which_share_so_many_looks(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    with member_of(server) as (stub, member), member_of(server, project="other") as (_, others):
+
+        def watch(ref: pb.ExperimentRef) -> Any:
+            return stub.WatchExperiment(pb.WatchExperimentRequest(ref=ref, interval_ms=100))
+
+        watches = [watch(member.ref) for _ in range(200)]
+        for watching in watches:
+            next(watching)
+        assert "200 watching experiments of project 'default'" in exhausted(lambda: next(watch(member.ref)))
+        assert next(stub.WatchExperiment(pb.WatchExperimentRequest(ref=member.ref, once=True)))
+        looks = watch(others.ref)
+
+        def seconds_until_next(watching: Any) -> float:
+            began_s = time.monotonic()
+            next(watching)
+            return time.monotonic() - began_s
+
+        alone_s = sorted(seconds_until_next(looks) for _ in range(5))[2]
+        shared_s = max(seconds_until_next(watches[0]) for _ in range(3))  # the first ones may have been waiting here
+        assert shared_s > 5 * alone_s  # 4 s, where 0.1 was asked for
+        for watching in (*watches, looks):
+            watching.cancel()
+
+
+def test_a_project_takes_so_many_exports(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    large = {"num_samples": 2_000_000, "meta_batch_size": 1000}
+    with member_of(server, **large) as (stub, member), member_of(server, project="other") as (_, others):
+        exports = [stub.ExportScores(pb.ExportScoresRequest(ref=member.ref)) for _ in range(10)]
+        for export in exports:
+            next(export)  # and no more: they stay open
+        said = exhausted(lambda: next(stub.ExportScores(pb.ExportScoresRequest(ref=member.ref))))
+        assert "10 times at once" in said
+        assert list(stub.ExportScores(pb.ExportScoresRequest(ref=others.ref)))
+        assert sum(len(rows.scores) for rows in exports.pop()) < 4 * 2_000_000  # its first message was taken above
+
+        def is_free() -> bool:
+            with contextlib.suppress(grpc.RpcError):
+                return bool(list(stub.ExportScores(pb.ExportScoresRequest(ref=member.ref))))
+            return False
+
+        wait_until(is_free, "an export that has ended to be counted out")
+        for export in exports:
+            export.cancel()
+
+
 def test_a_project_takes_so_many_experiments(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--max-experiments", "2")
     with evosample.connect(server.address) as client:
@@ -68,11 +128,57 @@ def test_a_project_takes_so_many_experiments(start_server: Callable[..., ServerP
             client.create_experiment(name, **SETTINGS)
         client.create_experiment("c", **SETTINGS, project="other")
         with pytest.raises(
-            evosample.ResourceExhaustedError, match=r"has 2 experiments.*raise it with --max-experiments"
+            evosample.ResourceExhaustedError, match=r"has 2 experiments, of 2 .*raise it with --max-experiments"
         ):
             client.create_experiment("c", **SETTINGS)
         client.delete_experiment("a")
         client.create_experiment("c", **SETTINGS)
+
+
+@pytest.mark.parametrize("bound", ["--max-experiments=5", "--max-project-samples=1000"])
+def test_creations_at_the_same_time_stay_within_a_projects_bounds(
+    start_server: Callable[..., ServerProcess], bound: str
+) -> None:
+    server = start_server(bound)
+
+    def created(number: int) -> bool:
+        with contextlib.suppress(evosample.ResourceExhaustedError):
+            client.create_experiment(f"e{number % 30}", **SETTINGS)  # two of each name
+            list(client.list_experiments())  # looking must not make room
+            return True
+        return False
+
+    with evosample.connect(server.address) as client:
+        list(client.list_experiments())
+        with ThreadPoolExecutor(60) as pool:
+            assert any(pool.map(created, range(60)))
+        assert len(list(client.list_experiments())) == 5
+        with pytest.raises(evosample.ResourceExhaustedError):
+            client.create_experiment("another", **SETTINGS)
+        client.delete_experiment(next(client.list_experiments()).name)
+        client.create_experiment("another", **SETTINGS)
+
+
+def test_a_place_whose_experiment_was_never_made_is_free_again_after_a_while(
+    start_server: Callable[..., ServerProcess],
+) -> None:
+    server = start_server("--max-experiments", "1")
+    with (
+        evosample.connect(server.address) as client,
+        Redis(unix_socket_path=server.store_socket) as store,
+    ):
+
+        def hold(since_s: float) -> None:  # as a server does, which then ends
+            store.hset("evosample:{default}:samples", "unmade", f"200 {int(since_s)}")
+            store.zadd("evosample:{default}:experiments", {"unmade": 0})
+
+        hold(time.time())
+        assert not list(client.list_experiments())
+        with pytest.raises(evosample.ResourceExhaustedError, match="has 1 experiments"):
+            client.create_experiment("e", **SETTINGS)
+        hold(time.time() - 61)
+        assert not list(client.list_experiments())
+        client.create_experiment("e", **SETTINGS)
 
 
 def test_a_message_takes_so_many_losses(start_server: Callable[..., ServerProcess]) -> None:

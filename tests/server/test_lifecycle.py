@@ -139,6 +139,16 @@ def test_an_address_in_use_is_explained(start_server: Callable[..., ServerProces
     assert "Traceback" not in refused.stderr
 
 
+def test_a_health_socket_in_no_folder_is_explained(tmp_path: Path) -> None:
+    socket = tmp_path / "missing" / "health.sock"
+    refused = run_server(
+        "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"), "--health-socket", str(socket)
+    )
+    assert refused.returncode == 1
+    assert f"can't listen on --health-socket {socket}: is its folder there?" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_an_embedded_store_that_was_killed_is_started_again(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server()
     with evosample.connect(server.address) as client:

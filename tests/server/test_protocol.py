@@ -441,8 +441,21 @@ def test_a_page_of_experiments_with_very_many_shards_stays_within_a_message(
     assert "shard_sizes is (1, 1" in message
 
 
-def test_what_is_not_there_yet_says_so(stub: pb_grpc.SelectionServiceStub) -> None:
-    assert refused(stub.WatchExperiment, pb.WatchExperimentRequest())[0] == "UNIMPLEMENTED"
+def test_what_is_sent_again_does_not_set_a_rank_s_progress_back(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
+    job = Job(stub, name)
+    plan_id = job.stream(0)[0].plan_id
+    losses = np.arange(1, 6 * B + 1)
+    job.report(plan_id, losses)
+    job.report(plan_id, losses[: 2 * B])
+    (watched,) = stub.WatchExperiment(pb.WatchExperimentRequest(ref=job.ref, once=True))
+    (rank,) = watched.ranks
+    assert (rank.rank, rank.epoch, rank.step) == (0, 0, 6)
+    assert rank.mean_loss == losses[: 2 * B].mean()
+    job.report(plan_id, np.full(B, np.nan), first_step=6)
+    (watched,) = stub.WatchExperiment(pb.WatchExperimentRequest(ref=job.ref, once=True))
+    (rank,) = watched.ranks
+    assert rank.step == 7
+    assert not rank.HasField("mean_loss")
 
 
 def test_health_and_reflection_are_served(server: ServerProcess) -> None:

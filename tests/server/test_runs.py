@@ -107,7 +107,7 @@ def test_an_administrator_ends_an_epoch_without_the_missing_ranks(
     go_through(next(runs[0]))
     runs[0].flush()
     environment = {"EVOSAMPLE_ADDRESS": server.address}
-    asked = CliRunner().invoke(cli._app, ["finish-epoch", name], env=environment, input="y\n")
+    asked = CliRunner().invoke(cli.app, ["finish-epoch", name], env=environment, input="y\n")
     assert asked.exit_code == 0, asked.output
     assert "without the ranks 1" in asked.output
     assert next(runs[0]).number == 1
@@ -321,7 +321,7 @@ def test_scores_go_out_and_come_in_again_bit_by_bit(client: evosample.Client, na
     exported = first.export_scores()
     other_spec = SETTINGS | {"meta_batch_size": 20, "mini_batch_size": 5, "num_epochs": 3, "seed": 9}
     warm = client.create_experiment(f"{name}-warm", **other_spec, initial_scores=exported)
-    for ours, theirs in zip(warm.export_scores()[1:], exported[1:], strict=True):
+    for ours, theirs in zip(warm.export_scores()[1:4], exported[1:4], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert next(iter(next(warm.epochs()))).selects, "selection begins at once"
     again = client.create_experiment(f"{name}-warm", **other_spec, initial_scores=exported)
@@ -335,12 +335,12 @@ def test_the_command_line_imports_what_it_has_exported(
     second = client.create_experiment(f"{name}-2", **SETTINGS)
 
     def run(*arguments: str) -> Any:
-        return CliRunner().invoke(cli._app, list(arguments), env={"EVOSAMPLE_ADDRESS": server.address})
+        return CliRunner().invoke(cli.app, list(arguments), env={"EVOSAMPLE_ADDRESS": server.address})
 
     file = str(tmp_path / "scores.npz")
     assert run("export", name, file).exit_code == 0
     assert run("import", f"{name}-2", file).exit_code == 0
-    for ours, theirs in zip(second.export_scores()[1:], first.export_scores()[1:], strict=True):
+    for ours, theirs in zip(second.export_scores()[1:4], first.export_scores()[1:4], strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -355,6 +355,10 @@ def test_a_position_whose_losses_never_arrived_is_told(
         experiment.epochs(position=(0, 5))
     assert "80 rows of epoch 0 before step 5 have no losses" in caplog.text
     assert "Call run.flush() before you save run.position" in caplog.text
+    experiment.force_finish(0)
+    with caplog.at_level(logging.WARNING, "evosample"):  # from an epoch of eight steps
+        experiment.epochs(position=(0, 9))
+    assert "240 rows of epoch 0 before step 9 have no losses" in caplog.text
 
 
 def test_an_experiment_without_the_scores_that_it_is_to_start_from_takes_no_run_until_they_are_there(

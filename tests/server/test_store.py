@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 import evosample
 from evosample.wire import ExperimentName
+from evosample_server.metrics import Metrics
 from evosample_server.store import Head, Store
 from support import fixed_losses, train
 
@@ -18,7 +19,9 @@ def test_a_late_collection_spares_the_epoch_that_a_job_has_gone_back_to(start_se
     server = start_server("--cache-bytes", "0")  # everything is read from the store
 
     async def with_store(stale: Head | None) -> Head:
-        store = Store(Redis(unix_socket_path=server.store_socket), retain_epochs=2, cache_bytes=0)
+        redis = Redis(unix_socket_path=server.store_socket)
+        metrics = Metrics(max_experiments=0, max_streams=0, max_project_streams=0)
+        store = Store(redis, retain_epochs=2, cache_bytes=0, metrics=metrics)
         head = await store.head(ExperimentName("default", "e"))
         assert head is not None
         if stale is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
@@ -19,11 +22,13 @@ from redis.asyncio.cluster import RedisCluster
 
 import evosample
 from evosample.errors import EvosampleError, InternalError, InvalidArgumentError, UnavailableError
+from evosample.v1 import selection_pb2 as pb
+from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import ExperimentName
 from evosample_server import keys
-from evosample_server.connection import connect_store, without_password
+from evosample_server.connection import connect_store, with_password, without_password
 from evosample_server.status import to_domain
-from stores import ClusterStore, SentinelStore, StandaloneStore, StoreProcess, TlsFront
+from stores import ClusterStore, SentinelStore, StandaloneStore, StoreProcess, TlsFront, wait_until
 from support import ServerProcess, fixed_losses, train
 
 StartServer = Callable[..., ServerProcess]
@@ -57,7 +62,7 @@ def outcome(
 def undisturbed(server: ServerProcess) -> tuple[Any, ...]:
     """What comes of it on a plain store that nothing happens to."""
     with evosample.connect(server.address) as client:
-        return outcome(client, "undisturbed")
+        return outcome(client, "stores-undisturbed")
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +290,8 @@ def test_a_store_behind_tls_needs_few_rights(
         with evosample.connect(server.address) as client:
             assert outcome(client, "e") == undisturbed
             client.delete_experiment("e")
+            client.revoke_token(client.create_token("reader")[0].id)
+            assert not client.server_status().store_error
         assert_empty(store)
         reader = start_server("--redis-url", url.replace("evosample", "reader"))
         with (
@@ -292,6 +299,10 @@ def test_a_store_behind_tls_needs_few_rights(
             pytest.raises(UnavailableError, match="has no permissions"),
         ):
             client.create_experiment("e", **SETTINGS)
+        with evosample.connect(reader.address) as client:
+            error = client.server_status().store_error
+            assert "has no permissions" in error
+            assert "word" not in error
         assert "certificate verify failed" in refusal(url.partition("?")[0])
     finally:
         front.close()
@@ -342,6 +353,23 @@ def test_experiments_are_spread_over_a_cluster_and_deleted_without_a_trace(
         assert sorted(status.name for status in client.list_experiments()) == names
         for name in names:
             client.delete_experiment(name)
+    assert_empty(*cluster.processes)
+
+
+def test_servers_of_a_cluster_know_the_same_tokens(
+    start_server: StartServer, cluster: ClusterStore, tmp_path: Path
+) -> None:
+    (tmp_path / "root").write_text(40 * "x")
+    options = ["--redis-url", cluster.url, "--tokens", "--root-token-file", str(tmp_path / "root")]
+    here, there = start_server(*options).address, start_server(*options).address
+    with evosample.connect(here, token=40 * "x") as root:
+        token, bearer_token = root.create_token("reader")
+        with evosample.connect(there, token=bearer_token) as reader:
+            assert reader.server_status().store_used_memory_bytes > 0
+            root.revoke_token(token.id)
+            time.sleep(1.1)  # for so long a server believes what it has looked up
+            with pytest.raises(evosample.UnauthenticatedError, match="it was revoked"):
+                reader.server_status()
     assert_empty(*cluster.processes)
 
 
@@ -413,3 +441,44 @@ def test_a_cluster_fails_soon_and_in_ways_that_clients_retry(cluster: ClusterSto
 
 def test_a_store_that_is_no_cluster_is_told_of(plain: StandaloneStore) -> None:
     assert "Cluster mode is not enabled" in refusal(plain.url.replace("redis:", "redis+cluster:"))
+
+
+def test_the_password_of_a_store_may_stand_in_a_file(tmp_path: Path, start_server: StartServer) -> None:
+    password = "a/b@c:d?e#f%"
+    store = StandaloneStore(tmp_path / "store", users=[f"me on >{password} ~* &* +@all"])
+    password_file = tmp_path / "password"
+    password_file.write_text(f"{password}\n")
+    url = f"redis://me@127.0.0.1:{store.port}/0"
+    server = start_server("--redis-url", url, "--redis-password-file", str(password_file))
+    with evosample.connect(server.address) as client:
+        assert outcome(client, "e")
+    store.close()
+    with pytest.raises(InvalidArgumentError, match="has a password of its own"):
+        with_password("redis://me:secret@host", "other")
+    assert with_password("redis://host:6379/0", "a@b") == "redis://:a%40b@host:6379/0"
+
+
+def test_probes_hear_how_the_server_is(tmp_path: Path, start_server: StartServer) -> None:
+    store = StandaloneStore(tmp_path / "store")
+    socket = tmp_path / "health.sock"
+    server = start_server("--redis-url", f"redis://127.0.0.1:{store.port}/0", "--health-socket", str(socket))
+
+    def probe(*options: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "evosample_server.probe", *options]
+        environment = os.environ | {"EVOSAMPLE_HEALTH_SOCKET": str(socket)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert probe() == (0, "")
+    with grpc.insecure_channel(f"unix:{socket}") as channel, pytest.raises(grpc.RpcError) as refused:
+        pb_grpc.SelectionServiceStub(channel).ListExperiments(pb.ListExperimentsRequest())
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    store.close()
+    wait_until(lambda: probe()[0] == 1, "the server to notice that its store is gone")
+    assert "takes no writes" in probe()[1]
+    assert probe("--alive") == (0, "")
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        assert probe("--alive")[0] == 1, "it answers no more, although its socket is open"
+    finally:
+        server.process.send_signal(signal.SIGCONT)

@@ -1,8 +1,11 @@
 """The algorithm: pure functions on numpy arrays. No clock, no I/O, no state; randomness is an argument or a seed."""
 
 from evosample.sampling.checks import InvalidValue, check_int, check_name, check_seconds, shown
+from evosample.sampling.draws import Draw, DrawMethod, draw, inclusion_probabilities
 from evosample.sampling.epoch import (
     FoldCounts,
+    Plan,
+    Report,
     Table,
     count_new,
     fold_epoch,
@@ -10,6 +13,17 @@ from evosample.sampling.epoch import (
     permutation,
     plan_epoch,
     shuffle_by_shard,
+)
+from evosample.sampling.groups import (
+    MAX_GROUPS,
+    DoReMi,
+    Groups,
+    Mixture,
+    floor_samples,
+    floor_sizes,
+    group_sizes,
+    mean_by_group,
+    shared_out,
 )
 from evosample.sampling.layout import (
     checksum,
@@ -20,59 +34,116 @@ from evosample.sampling.layout import (
     sample_id_dtype,
     table_checksum,
 )
-from evosample.sampling.philox import Purpose, exponentials, random_bits
-from evosample.sampling.policies import EvolvedSampling, Policy, RandomSubset, Uniform
-from evosample.sampling.race import Draw, race
+from evosample.sampling.philox import Purpose, exponentials, random_bits, uniforms
+from evosample.sampling.policies import (
+    UCB,
+    Columns,
+    EvolvedSampling,
+    InfoBatch,
+    Kakurenbo,
+    Kept,
+    OrderedSGD,
+    Policy,
+    RandomSubset,
+    SelectiveBackprop,
+    Uniform,
+)
+from evosample.sampling.registry import ENTRY_POINTS, POLICIES, MissingPolicy, custom_policy, name_of
 from evosample.sampling.scores import (
     Scores,
     check_losses,
     check_scores,
+    clipped_losses,
+    extended_scores,
     initial_scores,
     updated_sampling_weights,
     updated_scores,
 )
 from evosample.sampling.selection import MiniBatch, select_mini_batch
-from evosample.sampling.spec import EpochShape, ExperimentSpec, ImportanceWeight
+from evosample.sampling.spec import EpochShape, ExperimentSpec, ImportanceWeight, check_groups
+from evosample.sampling.summary import (
+    SCORE_BIN_EDGES,
+    EpochSummary,
+    GroupSummary,
+    score_histogram,
+    summarize_epoch,
+    summarize_groups,
+)
 
 __all__ = [
+    "ENTRY_POINTS",
+    "MAX_GROUPS",
+    "POLICIES",
+    "SCORE_BIN_EDGES",
+    "UCB",
+    "Columns",
+    "DoReMi",
     "Draw",
+    "DrawMethod",
     "EpochShape",
+    "EpochSummary",
     "EvolvedSampling",
     "ExperimentSpec",
     "FoldCounts",
+    "GroupSummary",
+    "Groups",
     "ImportanceWeight",
+    "InfoBatch",
     "InvalidValue",
+    "Kakurenbo",
+    "Kept",
     "MiniBatch",
+    "MissingPolicy",
+    "Mixture",
+    "OrderedSGD",
+    "Plan",
     "Policy",
     "Purpose",
     "RandomSubset",
+    "Report",
     "Scores",
+    "SelectiveBackprop",
     "Table",
     "Uniform",
+    "check_groups",
     "check_int",
     "check_losses",
     "check_name",
     "check_scores",
     "check_seconds",
     "checksum",
+    "clipped_losses",
     "count_new",
+    "custom_policy",
+    "draw",
     "exponentials",
+    "extended_scores",
+    "floor_samples",
+    "floor_sizes",
     "fold_epoch",
+    "group_sizes",
+    "inclusion_probabilities",
     "initial_scores",
     "keep_samples",
     "loss_bits",
     "losses_of_bits",
+    "mean_by_group",
+    "name_of",
     "part",
     "permutation",
     "plan_epoch",
-    "race",
     "random_bits",
     "recorded_losses",
     "sample_id_dtype",
+    "score_histogram",
     "select_mini_batch",
+    "shared_out",
     "shown",
     "shuffle_by_shard",
+    "summarize_epoch",
+    "summarize_groups",
     "table_checksum",
+    "uniforms",
     "updated_sampling_weights",
     "updated_scores",
 ]

@@ -48,6 +48,12 @@ def check_ratio(field: str, value: float, *, high_inclusive: bool) -> None:
         raise InvalidValue(field, value, f"a number with 0 <= {field} {'<=' if high_inclusive else '<'} 1")
 
 
+def check_number(field: str, value: float, low: float, high: float) -> None:
+    """Raises InvalidValue unless `value` is a number in [low, high]."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidValue(field, value, f"a number from {low:g} to {high:g}")
+
+
 def check_seconds(field: str, value: object) -> None:
     """Raises InvalidValue unless `value` is a time that one can wait: a finite number of seconds, at least 0.001."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0.001 <= float(value) <= 2**30:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evosample.sampling.draws import draw
+from evosample.sampling.groups import DoReMi, Groups, floor_samples, floor_sizes, group_sizes, shared_out
 from evosample.sampling.layout import sample_id_dtype
-from evosample.sampling.philox import Purpose, exponentials, random_bits
-from evosample.sampling.race import Draw, race
-from evosample.sampling.scores import Scores, updated_sampling_weights, updated_scores
-from evosample.sampling.spec import ExperimentSpec
+from evosample.sampling.philox import Purpose, random_bits
+from evosample.sampling.policies import Kept
+from evosample.sampling.scores import Scores, clipped_losses
+from evosample.sampling.spec import EpochShape, ExperimentSpec
 
 
 class Table(NamedTuple):
@@ -36,34 +39,142 @@ class FoldCounts(NamedTuple):
     unreported: int
 
 
-def keep_samples(spec: ExperimentSpec, epoch: int, scores: Scores) -> Draw:
-    """The set level: which samples `epoch` keeps.
+class Plan(NamedTuple):
+    """What an epoch visits.
 
-    k = (1 - r) * n samples are drawn without replacement in proportion to the policy's prune weights. Where these come
-    from scores, a sample without a finite loss yet is kept before all others: at its starting score of 1/n it would
-    hardly ever be drawn.
-
-    Returns:
-        Draw of sample ids with their inclusion probabilities: 1 for what the rule above forces in.
+    Attributes:
+        table: in plan order; steps that are only scored come last.
+        shape: its sizes.
     """
-    num_samples, k = spec.num_samples, spec.shape(epoch).num_kept
-    if k == num_samples:
-        return Draw(np.arange(k), np.ones(k))
-    draws = exponentials(random_bits(spec.seed, Purpose.PRUNE, epoch, 0, 0, num_samples))
-    weights = spec.policy.prune_weights(scores.sampling_weights)
-    forced = (scores.num_visits == 0) & spec.policy.keeps_unvisited
-    num_forced = int(np.count_nonzero(forced))
-    candidates = np.flatnonzero(forced if num_forced > k else ~forced)
-    if num_forced > k:  # uniformly among the samples that are all owed a place
-        uniform = race(np.zeros(num_forced, np.float32), k, draws[candidates])
-        return Draw(candidates[uniform.rows], uniform.inclusion_probabilities)
-    drawn = race(weights[candidates], k - num_forced, draws[candidates])
-    inclusion_probabilities = np.where(forced, 1.0, 0.0)
-    inclusion_probabilities[candidates[drawn.rows]] = drawn.inclusion_probabilities
-    kept = forced
-    kept[candidates[drawn.rows]] = True
-    sample_ids = np.flatnonzero(kept)
-    return Draw(sample_ids, inclusion_probabilities[sample_ids])
+
+    table: Table
+    shape: EpochShape
+
+
+class _Kept(NamedTuple):
+    """What an epoch keeps.
+
+    Attributes:
+        kept: by sample id.
+        is_guarded: bool [k], which of the kept samples have to be visited: what keeps groups at their floors, and what
+            is due by `max_skipped_epochs`. None: there is no such thing.
+    """
+
+    kept: Kept
+    is_guarded: NDArray[np.bool_] | None
+
+
+def keep_samples(
+    spec: ExperimentSpec,
+    epoch: int,
+    scores: Scores,
+    groups: Groups | None = None,
+    mixture: NDArray[np.float64] | None = None,
+) -> _Kept:
+    """The set level: which samples `epoch` keeps, ascending, and which it only scores.
+
+    What has to be kept is: what keeps groups at their floors; with a policy that goes by scores a sample without a
+    finite loss yet, before all others, since at its starting score of 1/n it would hardly ever be drawn; and with any
+    policy one that had none in `max_skipped_epochs` epochs. Of the rest the policy keeps what it likes, with a mixture
+    of each group by itself. An epoch that would come to less than one meta-batch leaves nothing out; nor does one that
+    would hide less than one, since these would never be scored, and so stay hidden for good.
+
+    Args:
+        groups: None where there are none.
+        mixture: float64 [G], sum 1; None where there is none.
+    """
+    num_samples, policy = spec.num_samples, spec.policy
+    is_due = (scores.staleness >= spec.max_skipped_epochs) & bool(spec.max_skipped_epochs)
+    is_owed = is_due | ((scores.num_visits == 0) & policy.keeps_unvisited)
+    floor = None
+    if groups is not None and spec.group_floor:
+        least = floor_sizes(groups.ids, spec.num_groups, spec.group_floor)
+        # By the draw's own bits those that are left over would be favoured.
+        ties = random_bits(spec.seed, Purpose.FLOORS, epoch, 0, 0, num_samples)
+        floor = floor_samples(groups.ids, least, is_owed, scores.sampling_weights, ties)
+    all_ids, num_rows = np.arange(num_samples), spec.shape(epoch, num_samples).num_training_rows
+    everything = _Kept(Kept(all_ids, np.ones(num_samples)), _guarded(all_ids, num_rows, floor, is_due))
+    if spec.is_annealing(epoch) or (spec.num_places == num_samples and not policy.is_adaptive):
+        return everything
+    bits = random_bits(spec.seed, Purpose.PRUNE, epoch, 0, 0, num_samples)
+    forced = is_owed if floor is None else is_owed | floor
+    inclusion_probabilities, importance_weights = np.ones(num_samples), np.ones(num_samples)
+    if np.count_nonzero(forced) > spec.num_places:  # uniformly among the samples that are all owed a place
+        owed = np.flatnonzero(forced if floor is None else forced & ~floor)
+        num_left = spec.num_places - int(np.count_nonzero(forced)) + len(owed)
+        uniform = draw("successive", np.zeros(len(owed), np.float32), num_left, bits[owed])
+        forced = np.zeros(num_samples, np.bool_) if floor is None else floor.copy()
+        forced[owed[uniform.rows]] = True
+        inclusion_probabilities[owed[uniform.rows]] = uniform.inclusion_probabilities
+    is_forced = forced.copy()
+    hidden: list[NDArray[np.int64]] = []
+    columns = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
+    if policy.is_adaptive:  # it goes by all samples that have a loss; what it may not leave out is put back
+        free = np.flatnonzero((scores.num_visits > 0) | (not policy.keeps_unvisited))
+        shares = iter([(free, len(free))])
+    else:
+        shares = _shares(spec, is_forced, groups, mixture)
+    for free, num_places in shares:
+        kept = policy.keep(
+            {name: column[free] for name, column in columns.items()}, num_places, epoch / spec.num_epochs, bits[free]
+        )
+        ids = free[kept.rows]
+        forced[ids] = True
+        inclusion_probabilities[ids] = kept.inclusion_probabilities
+        if kept.importance_weights is not None:
+            importance_weights[ids] = kept.importance_weights
+        hidden.append(free[kept.hidden])
+    sample_ids, hidden_ids = np.flatnonzero(forced), np.concatenate(hidden)
+    if policy.is_adaptive:
+        inclusion_probabilities[is_forced] = importance_weights[is_forced] = 1
+        hidden_ids = hidden_ids[~is_forced[hidden_ids]]
+    num_rows = spec.shape(epoch, len(sample_ids), len(hidden_ids)).num_training_rows
+    if not num_rows or 0 < len(hidden_ids) < spec.meta_batch_size:
+        return everything
+    if floor is not None and np.count_nonzero(floor) > num_rows:  # whole steps would not hold them
+        return everything
+    return _Kept(
+        Kept(
+            sample_ids,
+            inclusion_probabilities[sample_ids],
+            importance_weights[sample_ids] if policy.weighs else None,
+            hidden_ids,
+        ),
+        _guarded(sample_ids, num_rows, floor, is_due),
+    )
+
+
+def _guarded(
+    sample_ids: NDArray[np.int64], num_rows: int, floor: NDArray[np.bool_] | None, is_due: NDArray[np.bool_]
+) -> NDArray[np.bool_] | None:
+    """Which of the kept samples are not to fall out of the whole steps; those that are due if there is room for all."""
+    guarded = (is_due if floor is None else is_due | floor)[sample_ids]
+    if np.count_nonzero(guarded) > num_rows:
+        return None if floor is None else floor[sample_ids]
+    return guarded if floor is not None or guarded.any() else None
+
+
+def _shares(
+    spec: ExperimentSpec,
+    is_forced: NDArray[np.bool_],
+    groups: Groups | None,
+    mixture: NDArray[np.float64] | None,
+) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """What the policy has to choose from and how many of it, at once or, with a mixture, group by group."""
+    free = np.flatnonzero(~is_forced)
+    num_places = spec.num_places - (spec.num_samples - len(free))
+    if groups is None or mixture is None:
+        yield free, num_places
+        return
+    sizes = group_sizes(groups.ids, spec.num_groups)
+    least = group_sizes(groups.ids[is_forced], spec.num_groups)
+    seen = np.maximum(least, np.minimum(sizes, 1)) if isinstance(spec.mixture, DoReMi) else least
+    if seen.sum() > spec.num_places:
+        seen = least
+    places = shared_out(mixture, seen, sizes, spec.num_places) - least
+    by_group = free[np.argsort(groups.ids[free], kind="stable")]
+    stops = np.cumsum(sizes - least)
+    yield from zip(np.split(by_group, stops[:-1]), places.tolist(), strict=True)
 
 
 def permutation(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -108,20 +219,50 @@ def shuffle_by_shard(spec: ExperimentSpec, epoch: int, sample_ids: NDArray[Any])
     return order
 
 
-def plan_epoch(spec: ExperimentSpec, epoch: int, scores: Scores) -> Table:
-    """Prune, shuffle, cut to whole steps: a pure function of the scores and the spec's seed."""
-    shape = spec.shape(epoch)
-    kept = keep_samples(spec, epoch, scores)
-    order = permutation(random_bits(spec.seed, Purpose.SHUFFLE, epoch, 0, 0, shape.num_kept))[: shape.num_rows]
+def plan_epoch(
+    spec: ExperimentSpec,
+    epoch: int,
+    scores: Scores,
+    groups: Groups | None = None,
+    mixture: NDArray[np.float64] | None = None,
+) -> Plan:
+    """Prune, shuffle, cut to whole steps: a pure function of the scores, the groups, their mixture and the seed."""
+    kept, is_guarded = keep_samples(spec, epoch, scores, groups, mixture)
+    shape = spec.shape(epoch, len(kept.rows), len(kept.hidden))
+    num_training_rows = shape.num_training_rows
+    order = permutation(random_bits(spec.seed, Purpose.SHUFFLE, epoch, 0, 0, len(kept.rows)))
+    probabilities = kept.inclusion_probabilities
+    if is_guarded is None:
+        order = order[:num_training_rows]
+    else:  # what falls out of the whole steps is none of what has to be visited
+        others = np.flatnonzero(~is_guarded[order])
+        num_left = len(others) - (len(order) - num_training_rows)
+        order = np.delete(order, others[num_left:])
+        # Without the others at its end, these would make up the last steps.
+        order = order[permutation(random_bits(spec.seed, Purpose.SHUFFLE_GUARDED, epoch, 0, 0, len(order)))]
+        is_cut_to = num_training_rows / len(kept.rows)
+        probabilities = probabilities * np.where(is_guarded, 1.0, num_left / max(len(others), 1)) / is_cut_to
     if spec.shard_sizes:
         order.sort()  # what falls out of the whole steps is drawn from all shards, not from the last ones
         order = order[shuffle_by_shard(spec, epoch, kept.rows[order])]
     sample_ids = kept.rows[order]
     importance_weights = None
     if spec.importance_weight != "none":
-        weights = shape.num_kept / (spec.num_samples * kept.inclusion_probabilities[order])
-        importance_weights = weights.astype(np.float32)
-    return Table(sample_ids.astype(sample_id_dtype(spec.num_samples)), scores.scores[sample_ids], importance_weights)
+        importance_weights = len(kept.rows) / (spec.num_samples * probabilities[order])
+    elif spec.has_set_weights:
+        importance_weights = np.ones(len(order)) if kept.importance_weights is None else kept.importance_weights[order]
+    if shape.num_hidden_steps:
+        hidden = permutation(random_bits(spec.seed, Purpose.SHUFFLE_HIDDEN, epoch, 0, 0, len(kept.hidden)))
+        hidden = np.sort(hidden[: shape.num_hidden_steps * shape.step_rows])  # the order in which they are best read
+        sample_ids = np.concatenate([sample_ids, kept.hidden[hidden]])
+        if importance_weights is not None:
+            importance_weights = np.concatenate([importance_weights, np.zeros(len(hidden))])
+    table = Table(
+        sample_ids.astype(sample_id_dtype(spec.num_samples)),
+        scores.scores[sample_ids],
+        None if importance_weights is None else importance_weights.astype(np.float32),
+    )
+    return Plan(table, shape)
 
 
 def count_new(num_samples: int, sample_ids_before: NDArray[Any], sample_ids: NDArray[Any]) -> int:
@@ -131,26 +272,66 @@ def count_new(num_samples: int, sample_ids_before: NDArray[Any], sample_ids: NDA
     return len(sample_ids) - int(np.count_nonzero(was_there[sample_ids]))
 
 
+class Report(NamedTuple):
+    """What was reported of an epoch's rows, in the order of its table.
+
+    Attributes:
+        losses: float32 [num_rows]; NaN where not reported, +inf where reported as not finite.
+        chosen: bool [num_rows], which rows were chosen for back-propagation.
+        columns: float32 [num_rows] each, what the policy has reported beside the loss.
+    """
+
+    losses: NDArray[np.float32]
+    chosen: NDArray[np.bool_]
+    columns: Mapping[str, NDArray[np.float32]]
+
+
 def fold_epoch(
-    spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], losses: NDArray[np.float32]
+    spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], report: Report
 ) -> tuple[Scores, FoldCounts]:
-    """Take an epoch's losses into the scores. A sample without a finite loss stays as it was.
+    """Take what was reported of an epoch into the scores. A sample without a finite loss stays as it was.
+
+    Where a loss is finite but another column of its row is not, the row counts as not finite, too.
 
     Args:
         scores: at the epoch's start; not changed.
         sample_ids: [num_rows], each at most once.
-        losses: float32 [num_rows]; NaN where not reported, +inf where reported as not finite.
 
     Returns:
         The scores at the next epoch's start, and what became of the rows.
     """
+    losses = report.losses
     finite = np.isfinite(losses)
-    ids, visited_losses = sample_ids[finite], losses[finite]
-    prior = scores.scores[ids]
-    after = Scores(scores.scores.copy(), scores.sampling_weights.copy(), scores.num_visits.copy())
-    after.sampling_weights[ids] = updated_sampling_weights(prior, visited_losses, spec.policy.beta1)
-    after.scores[ids] = updated_scores(prior, visited_losses, spec.policy.beta2)
-    after.num_visits[ids] += np.uint32(1)
+    for column in report.columns.values():
+        finite &= np.isfinite(column)
+    ids, chosen_ids = sample_ids[finite], sample_ids[report.chosen]
+    before = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
+    folded = spec.policy.fold(
+        {name: column[ids] for name, column in before.items()},
+        clipped_losses(losses[finite], spec.loss_clip_quantile),
+        {name: column[finite] for name, column in report.columns.items()},
+    )
+    after = {name: column.copy() for name, column in before.items()}
+    for name, column in after.items():
+        column[ids] = folded[name]
+    num_visits, num_chosen = scores.num_visits.copy(), scores.num_chosen.copy()
+    num_visits[ids] += np.uint32(1)
+    num_chosen[chosen_ids] = np.minimum(num_chosen[chosen_ids], np.uint16(65_534)) + np.uint16(1)
     num_unreported = int(np.count_nonzero(np.isnan(losses)))
     counts = FoldCounts(len(ids), len(losses) - len(ids) - num_unreported, num_unreported)
-    return after, counts
+    return Scores(
+        after.pop("scores"),
+        after.pop("sampling_weights"),
+        num_visits,
+        _aged(scores.staleness, ids),
+        num_chosen,
+        _aged(scores.chosen_staleness, chosen_ids),
+        after,
+    ), counts
+
+
+def _aged(staleness: NDArray[np.uint8], ids: NDArray[Any]) -> NDArray[np.uint8]:
+    """One more epoch has ended; for `ids` none since."""
+    aged = np.minimum(staleness, np.uint8(254)) + np.uint8(1)
+    aged[ids] = 0
+    return aged

@@ -21,6 +21,9 @@ class Purpose(enum.IntEnum):
     SHUFFLE = 2
     SHUFFLE_SHARDS = 3
     SHUFFLE_BLOCKS = 4
+    SHUFFLE_HIDDEN = 5
+    FLOORS = 6
+    SHUFFLE_GUARDED = 7
 
 
 def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, count: int) -> NDArray[np.uint64]:
@@ -44,7 +47,12 @@ def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, 
     return bits[skipped:]
 
 
+def uniforms(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Variates in (0, 1): (bits // 2**12 + 1/2) / 2**52, exact in float64 and never 0 or 1."""
+    variates: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return variates
+
+
 def exponentials(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Exp(1) variates: -log(u) with u = (bits // 2**12 + 1/2) / 2**52, exact in float64 and never 0 or 1."""
-    u = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return -np.log(u)
+    """Exp(1) variates: -log(u), u as in `uniforms`."""
+    return -np.log(uniforms(bits))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +20,19 @@ class Scores(NamedTuple):
         scores: float32 [n], s: an exponential moving average of the sample's losses.
         sampling_weights: float32 [n], w: what a draw is proportional to.
         num_visits: uint32 [n], how many finite losses the sample has had.
+        staleness: uint8 [n], epochs that have ended since its last finite loss (or the start), at most 255.
+        num_chosen: uint16 [n], how many times it was chosen for back-propagation, at most 65,535.
+        chosen_staleness: uint8 [n], epochs that have ended since it was last chosen (or the start), at most 255.
+        columns: float32 [n] each, what the policy keeps beside these.
     """
 
     scores: NDArray[np.float32]
     sampling_weights: NDArray[np.float32]
     num_visits: NDArray[np.uint32]
+    staleness: NDArray[np.uint8]
+    num_chosen: NDArray[np.uint16]
+    chosen_staleness: NDArray[np.uint8]
+    columns: Mapping[str, NDArray[np.float32]]
 
 
 def check_scores(field: str, values: NDArray[np.float32]) -> None:
@@ -32,10 +43,31 @@ def check_scores(field: str, values: NDArray[np.float32]) -> None:
         raise InvalidValue(field, float(values[position]), f"finite values >= 0 (this one is at position {position})")
 
 
-def initial_scores(num_samples: int) -> Scores:
-    """s_i = w_i = 1/n, never visited."""
+def initial_scores(num_samples: int, columns: Mapping[str, float] = MappingProxyType({})) -> Scores:
+    """s_i = w_i = 1/n, never visited; `columns` are a policy's own, with the values they start at."""
     start = np.float32(1 / num_samples)
-    return Scores(np.full(num_samples, start), np.full(num_samples, start), np.zeros(num_samples, np.uint32))
+    return Scores(
+        np.full(num_samples, start),
+        np.full(num_samples, start),
+        np.zeros(num_samples, np.uint32),
+        np.zeros(num_samples, np.uint8),
+        np.zeros(num_samples, np.uint16),
+        np.zeros(num_samples, np.uint8),
+        {name: np.full(num_samples, value, np.float32) for name, value in columns.items()},
+    )
+
+
+def extended_scores(scores: Scores, num_samples: int, columns: Mapping[str, float]) -> Scores:
+    """Scores with samples added at the end, as they start: the first of all are `scores`."""
+    if num_samples == len(scores.scores):
+        return scores
+    added = initial_scores(num_samples, columns)
+    for name, values in scores.columns.items():
+        added.columns[name][: len(values)] = values
+    fixed: zip[tuple[NDArray[Any], NDArray[Any]]] = zip(added[:-1], scores[:-1], strict=True)
+    for all_values, values in fixed:
+        all_values[: len(values)] = values
+    return added
 
 
 def updated_sampling_weights(
@@ -62,3 +94,15 @@ def check_losses(losses: NDArray[np.float32]) -> None:
             f"losses >= 0, but the one at position {position} is negative. Sampling weights are proportional to "
             "losses: report each loss minus a constant that no loss can fall below (such as its theoretical minimum)",
         )
+
+
+def clipped_losses(losses: NDArray[np.float32], quantile: float) -> NDArray[np.float32]:
+    """Losses, float32 [m] and finite, of which those above the quantile count as that.
+
+    The quantile is the smallest of the losses that at least the share `quantile` of them does not exceed.
+    """
+    if quantile == 1 or not len(losses):
+        return losses
+    last = math.ceil(quantile * len(losses) - 1e-9) - 1
+    clipped: NDArray[np.float32] = np.minimum(losses, np.partition(losses, last)[last])
+    return clipped

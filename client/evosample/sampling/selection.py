@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evosample.sampling.philox import Purpose, exponentials, random_bits
-from evosample.sampling.race import race
-from evosample.sampling.spec import ExperimentSpec
+from evosample.sampling.draws import draw
+from evosample.sampling.philox import Purpose, random_bits
+from evosample.sampling.scores import clipped_losses
+from evosample.sampling.spec import EpochShape, ExperimentSpec
 
 
 class MiniBatch(NamedTuple):
@@ -26,6 +27,7 @@ class MiniBatch(NamedTuple):
 
 def select_mini_batch(
     spec: ExperimentSpec,
+    shape: EpochShape,
     *,
     epoch: int,
     step: int,
@@ -37,29 +39,37 @@ def select_mini_batch(
 ) -> MiniBatch:
     """Draw a rank's share of a step's mini-batch: the one definition that clients and servers share.
 
-    In a step that selects, (b / W) of the part's (B / W) rows are drawn without replacement with probability
-    proportional to the policy's sampling weights; "unbiased" importance weights are b / (B * pi_batch) times the set
-    level's. In a step that does not select, all rows are chosen.
+    In a step that selects, (b / W) of the part's (B / W) rows are drawn by the policy's sampling weights; "unbiased"
+    importance weights are b / (B * pi_batch) times the set level's. In a step that does not select, all rows are
+    chosen; in a hidden one none.
 
     Args:
+        shape: of the epoch, as it was planned.
         prior_scores: float32 [B / W], scores at the epoch's start.
         losses: float32 [B / W], >= 0; non-finite ones are chosen only to fill up.
-        set_importance_weights: float32 [B / W], the set level's; None where the experiment has none.
+        set_importance_weights: float32 [B / W], the set level's; None where all are one.
     """
-    shape = spec.shape(epoch)
     num_rows = len(losses)
-    if shape.selects:
+    rows = np.arange(num_rows if shape.step_trains(step) else 0)
+    batch_weights = np.ones(len(rows))
+    if shape.step_selects(step):
         num_chosen = shape.trained_rows // world_size
         bits = random_bits(spec.seed, Purpose.SELECT, epoch, step, rank * num_rows, num_rows)
-        rows, inclusion_probabilities = race(
-            spec.policy.sampling_weights(prior_scores, losses), num_chosen, exponentials(bits)
-        )
+        finite = np.isfinite(losses)
+        drawn_from = np.flatnonzero(finite)
+        if len(drawn_from) >= num_chosen:
+            clipped = clipped_losses(losses[finite], spec.loss_clip_quantile)
+            weights = spec.policy.sampling_weights(prior_scores[finite], clipped, num_chosen)
+        else:  # these come first whatever they weigh
+            drawn_from, weights = rows, finite.astype(np.float32)
+        rows, inclusion_probabilities = draw(spec.policy.batch_draw, weights, num_chosen, bits[drawn_from])
+        rows = drawn_from[rows]
         batch_weights = num_chosen / (num_rows * inclusion_probabilities)
-    else:
-        rows, batch_weights = np.arange(num_rows), np.ones(num_rows)
-    if set_importance_weights is None:
+    if set_importance_weights is None and spec.importance_weight == "none":
         return MiniBatch(rows, np.ones(len(rows), np.float32))
-    weights = batch_weights * set_importance_weights[rows]
-    if spec.importance_weight == "self_normalized":
-        weights *= len(weights) / weights.sum()
-    return MiniBatch(rows, weights.astype(np.float32))
+    importance_weights = np.ones(len(rows)) if spec.importance_weight == "none" else batch_weights
+    if set_importance_weights is not None:
+        importance_weights *= set_importance_weights[rows]
+    if spec.importance_weight == "self_normalized" and len(rows):
+        importance_weights *= len(rows) / importance_weights.sum()
+    return MiniBatch(rows, importance_weights.astype(np.float32))

@@ -8,7 +8,8 @@ from typing import Literal, cast, get_args
 
 import numpy as np
 
-from evosample.sampling.checks import InvalidValue, check_int
+from evosample.sampling.checks import InvalidValue, check_int, check_ratio
+from evosample.sampling.groups import MAX_GROUPS, DoReMi, Groups, Mixture, floor_sizes
 from evosample.sampling.policies import EvolvedSampling, Policy, Uniform
 
 MAX_SAMPLES = 2**40
@@ -26,17 +27,19 @@ class EpochShape:
     """The sizes of one epoch, over all ranks.
 
     Attributes:
-        num_kept: samples that the set level keeps, k.
-        num_steps: steps of the epoch; the rows that fill no step are dropped.
+        num_steps: whole steps; the rows that fill no step are dropped.
         step_rows: rows that a step visits.
-        trained_rows: rows of a step that are back-propagated.
+        trained_rows: rows of a selecting step that are back-propagated; the other steps train on all rows.
+        selecting_interval: every how many steps one selects, beginning with the first.
+        num_hidden_steps: the last of the steps, whose rows are only scored.
         is_annealing: nothing is pruned or selected.
     """
 
-    num_kept: int
     num_steps: int
     step_rows: int
     trained_rows: int
+    selecting_interval: int
+    num_hidden_steps: int
     is_annealing: bool
 
     @property
@@ -45,9 +48,37 @@ class EpochShape:
         return self.num_steps * self.step_rows
 
     @property
+    def num_training_steps(self) -> int:
+        """Steps that train: all but the hidden ones."""
+        return self.num_steps - self.num_hidden_steps
+
+    @property
+    def num_training_rows(self) -> int:
+        """Rows of the steps that train."""
+        return self.num_training_steps * self.step_rows
+
+    @property
+    def num_selecting_steps(self) -> int:
+        """Steps that draw their mini-batch from the losses of a scoring pass."""
+        return -(-self.num_training_steps // self.selecting_interval) if self.selects else 0
+
+    @property
+    def num_trained(self) -> int:
+        """Rows of the epoch that are back-propagated."""
+        return self.num_training_rows - self.num_selecting_steps * (self.step_rows - self.trained_rows)
+
+    @property
     def selects(self) -> bool:
-        """Whether a step draws its mini-batch from the losses of a scoring pass."""
+        """Whether there are steps that draw their mini-batch from the losses of a scoring pass."""
         return self.trained_rows < self.step_rows
+
+    def step_trains(self, step: int) -> bool:
+        """Whether a step trains on some of its rows: all but the hidden ones do."""
+        return step < self.num_training_steps
+
+    def step_selects(self, step: int) -> bool:
+        """Whether a step draws its mini-batch from the losses of a scoring pass; if not, it trains on all its rows."""
+        return self.selects and step % self.selecting_interval == 0 and self.step_trains(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +95,14 @@ class ExperimentSpec:
             the mean loss over the dataset) or "self_normalized" (the same, scaled to a mean of 1 in a mini-batch).
         seed: 0 <= seed < 2**64.
         warm_start: scores will be imported: selection begins with the first epoch.
+        max_skipped_epochs: a sample that has had no finite loss in so many epochs in a row is visited, whatever the
+            policy would do; from 1 to 254. Where an epoch has no room for all, chance decides. Default, 0: none is.
+        num_groups: G, groups that samples belong to, such as classes or domains; ids are 0..G-1. Default, 0: none.
+        group_floor: share of each group that every epoch keeps at least, in [0, 1). Default, 0: none.
+        mixture: each group's share of what an epoch keeps; it needs pruning. Default: as the policy has it.
+        loss_clip_quantile: losses above this quantile count as that, in (0, 1]: of an epoch's losses when they are
+            taken into the scores, of a part's losses in the draw of a mini-batch. Wrongly labelled samples often have
+            the highest. Default, 1: losses count as they are.
         shard_sizes: samples of each shard of the dataset, whose ids follow each other. Epochs are then shuffled so that
             shards are read nearly one after the other. Default: none, and one shuffle over all samples.
         shuffle_block_samples: over how many samples of the dataset such a shuffle goes, in whole shards; the more, the
@@ -81,6 +120,11 @@ class ExperimentSpec:
     importance_weight: ImportanceWeight = "none"
     seed: int = 0
     warm_start: bool = False
+    max_skipped_epochs: int = 0
+    num_groups: int = 0
+    group_floor: float = 0.0
+    mixture: Mixture | None = None
+    loss_clip_quantile: float = 1.0
     shard_sizes: tuple[int, ...] = field(default=(), repr=False)
     shuffle_block_samples: int = cast(int, None)
 
@@ -97,6 +141,10 @@ class ExperimentSpec:
             raise InvalidValue("policy", self.policy, "a policy, such as evosample.EvolvedSampling(prune_ratio=0.2)")
         if not isinstance(self.warm_start, bool):
             raise InvalidValue("warm_start", self.warm_start, "True or False")
+        check("max_skipped_epochs", 0, 254)
+        check_ratio("loss_clip_quantile", self.loss_clip_quantile, high_inclusive=True)
+        if not self.loss_clip_quantile:
+            raise InvalidValue("loss_clip_quantile", self.loss_clip_quantile, "more than 0: 1 clips nothing")
         if self.importance_weight not in get_args(ImportanceWeight):
             raise InvalidValue(
                 "importance_weight", self.importance_weight, f"one of {', '.join(get_args(ImportanceWeight))}"
@@ -107,14 +155,16 @@ class ExperimentSpec:
             )
         if self.meta_batch_size > self.num_samples:
             raise InvalidValue("meta_batch_size", self.meta_batch_size, f"at most num_samples, {self.num_samples:,}")
-        if self._num_kept < self.meta_batch_size:
+        if self.num_places < self.meta_batch_size:
             raise InvalidValue(
                 "prune_ratio",
                 self.policy.prune_ratio,
                 f"a ratio that keeps at least one meta-batch of {self.meta_batch_size:,} samples an epoch; "
-                f"this one keeps {self._num_kept:,} of {self.num_samples:,}",
+                f"this one keeps {self.num_places:,} of {self.num_samples:,}",
             )
+        self._check_importance_weight()
         self._check_shards()
+        self._check_groups()
         self._check_selects()
 
     def _check_int(self, name: str, low: int, high: int) -> None:
@@ -146,15 +196,61 @@ class ExperimentSpec:
         object.__setattr__(self, "shuffle_block_samples", block)
         self._check_int("shuffle_block_samples", 0, MAX_SAMPLES)
 
-    def _check_selects(self) -> None:
-        if isinstance(self.policy, Uniform):
+    def _check_groups(self) -> None:
+        self._check_int("num_groups", 0, 2**32)
+        if self.num_groups > MAX_GROUPS:
+            raise InvalidValue("num_groups", self.num_groups, f"groups of ids from 0 to {MAX_GROUPS - 1:,} at most")
+        check_ratio("group_floor", self.group_floor, high_inclusive=False)
+        if not self.num_groups and (self.group_floor or self.mixture):
+            raise InvalidValue("groups", None, "the group of each sample, which group_floor and mixture go by")
+        if self.group_floor * self.num_samples > self.least_rows:
+            raise InvalidValue(
+                "group_floor",
+                self.group_floor,
+                f"at most {self.least_rows / self.num_samples:.4g}, the share of all samples that an epoch visits",
+            )
+        if self.mixture is None:
             return
-        if self.mini_batch_size == self.meta_batch_size and not self.policy.prune_ratio:
+        if type(self.mixture) not in (Mixture, DoReMi):
+            raise InvalidValue("mixture", self.mixture, "evosample.Mixture(weights=...) or evosample.DoReMi()")
+        if self.mixture.weights and len(self.mixture.weights) != self.num_groups:
+            raise InvalidValue("mixture.weights", self.mixture.weights, f"{self.num_groups}: one for each group")
+        if self.policy.is_adaptive or not self.policy.prune_ratio:
+            raise InvalidValue(
+                "mixture",
+                self.mixture,
+                "a policy with prune_ratio > 0, such as RandomSubset(prune_ratio=0.5): where an epoch keeps "
+                "everything, each group's share is that of its samples",
+            )
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of the shortest epoch that there can be; of an adaptive policy, which may keep fewer, of the longest."""
+        return min(self._shape(is_annealing=True).num_rows, self._shape(is_annealing=False).num_rows)
+
+    def _check_importance_weight(self) -> None:
+        policy = self.policy
+        draws = [policy.set_draw] * bool(policy.prune_ratio) + [policy.batch_draw] * self.selects
+        if self.importance_weight != "none" and (not policy.keeps_at_random or "top_k" in draws):
+            raise InvalidValue(
+                "importance_weight",
+                self.importance_weight,
+                f"none: {type(policy).__name__} takes the highest (or lowest) without chance, so what it leaves out "
+                "has no inclusion probability, and no weight makes up for it",
+            )
+
+    def _check_selects(self) -> None:
+        policy = self.policy
+        if isinstance(policy, Uniform):
+            return
+        selects = policy.batch_level != "all" and self.mini_batch_size < self.meta_batch_size
+        if not (selects or policy.prune_ratio or policy.is_adaptive):
             raise InvalidValue(
                 "mini_batch_size",
                 self.mini_batch_size,
-                f"less than meta_batch_size, {self.meta_batch_size:,} (a quarter is usual), or a policy with "
-                "prune_ratio > 0: otherwise nothing would ever be selected. To train on everything use Uniform()",
+                f"less than meta_batch_size, {self.meta_batch_size:,} (a quarter is usual), with a policy that selects "
+                f"mini-batches, or one with prune_ratio > 0: with {policy} nothing would ever be selected. To train on "
+                "everything use Uniform()",
             )
         if self.num_annealing_epochs == self.num_epochs:
             raise InvalidValue(
@@ -165,7 +261,8 @@ class ExperimentSpec:
             )
 
     @property
-    def _num_kept(self) -> int:
+    def num_places(self) -> int:
+        """How many samples an epoch that is not annealing keeps, (1 - r) * n; an adaptive policy may keep fewer."""
         # floor(r * n), but 0.7 * 10 is a little over or under 7 in floating point
         return self.num_samples - math.floor(self.policy.prune_ratio * self.num_samples + 1e-9)
 
@@ -178,21 +275,53 @@ class ExperimentSpec:
         first, last = self.policy.annealing_ends(self.num_epochs, warm_start=self.warm_start)
         return min(epoch, first) + max(0, epoch - max(first, self.num_epochs - last))
 
-    def shape(self, epoch: int) -> EpochShape:
-        """The sizes of `epoch`, 0 <= epoch < num_epochs."""
-        if self._num_annealing_before(epoch + 1) > self._num_annealing_before(epoch):
-            return self._shape(self.num_samples, self.meta_batch_size, self.meta_batch_size, is_annealing=True)
-        step_rows = self.meta_batch_size if self.policy.scores_meta_batch else self.mini_batch_size
-        return self._shape(self._num_kept, step_rows, self.mini_batch_size, is_annealing=False)
+    def is_annealing(self, epoch: int) -> bool:
+        """Whether nothing is pruned or selected in `epoch`."""
+        first, last = self.policy.annealing_ends(self.num_epochs, warm_start=self.warm_start)
+        return not first <= epoch < self.num_epochs - last
 
-    def _shape(self, num_kept: int, step_rows: int, trained_rows: int, *, is_annealing: bool) -> EpochShape:
-        return EpochShape(num_kept, num_kept // self.meta_batch_size, step_rows, trained_rows, is_annealing)
+    def shape(self, epoch: int, num_kept: int | None = None, num_hidden: int = 0) -> EpochShape:
+        """The sizes of `epoch`, 0 <= epoch < num_epochs.
+
+        Args:
+            num_kept, num_hidden: samples that the epoch keeps, and that it only scores. Default: as the spec has it,
+                which for an adaptive policy is the most that it may be.
+        """
+        return self._shape(num_kept, num_hidden, is_annealing=self.is_annealing(epoch))
+
+    def _shape(self, num_kept: int | None = None, num_hidden: int = 0, *, is_annealing: bool) -> EpochShape:
+        meta_batch_size, level = self.meta_batch_size, "all" if is_annealing else self.policy.batch_level
+        if num_kept is None:
+            num_kept = self.num_samples if is_annealing else self.num_places
+        num_hidden_steps = num_hidden // meta_batch_size
+        return EpochShape(
+            num_steps=num_kept // meta_batch_size + num_hidden_steps,
+            step_rows=self.mini_batch_size if level == "random" else meta_batch_size,
+            trained_rows=meta_batch_size if level == "all" else self.mini_batch_size,
+            selecting_interval=self.policy.selecting_interval,
+            num_hidden_steps=num_hidden_steps,
+            is_annealing=is_annealing,
+        )
+
+    def _shapes_before(self, epoch: int) -> tuple[tuple[int, EpochShape], tuple[int, EpochShape]]:
+        """How many of the epochs before `epoch` are annealing, with their shape, and how many are not, with theirs."""
+        num_annealing = self._num_annealing_before(epoch)
+        return (
+            (num_annealing, self._shape(is_annealing=True)),
+            (epoch - num_annealing, self._shape(is_annealing=False)),
+        )
 
     def num_steps_before(self, epoch: int) -> int:
         """Steps of the epochs before `epoch`, 0 <= epoch <= num_epochs."""
-        num_annealing = self._num_annealing_before(epoch)
-        full = self.num_samples // self.meta_batch_size
-        return num_annealing * full + (epoch - num_annealing) * (self._num_kept // self.meta_batch_size)
+        return sum(count * shape.num_steps for count, shape in self._shapes_before(epoch))
+
+    def num_rows_before(self, epoch: int) -> int:
+        """Rows that the epochs before `epoch` visit, 0 <= epoch <= num_epochs."""
+        return sum(count * shape.num_rows for count, shape in self._shapes_before(epoch))
+
+    def num_trained_before(self, epoch: int) -> int:
+        """Rows that the epochs before `epoch` back-propagate, 0 <= epoch <= num_epochs."""
+        return sum(count * shape.num_trained for count, shape in self._shapes_before(epoch))
 
     @property
     def total_steps(self) -> int:
@@ -202,7 +331,12 @@ class ExperimentSpec:
     @property
     def selects(self) -> bool:
         """Whether there are epochs whose steps draw their mini-batch from the losses of a scoring pass."""
-        return self.policy.scores_meta_batch and self.mini_batch_size < self.meta_batch_size
+        return self.policy.batch_level == "scored" and self.mini_batch_size < self.meta_batch_size
+
+    @property
+    def has_set_weights(self) -> bool:
+        """Whether rows have importance weights from the set level."""
+        return self.importance_weight != "none" or self.policy.weighs
 
     def check_world_size(self, world_size: int) -> int:
         """`world_size` as an int; raises InvalidValue unless every rank gets an equal share of B and of b."""
@@ -215,3 +349,22 @@ class ExperimentSpec:
                 f"{self.mini_batch_size:,}: every rank takes an equal part of each step",
             )
         return world_size
+
+
+def check_groups(spec: ExperimentSpec, groups: Groups) -> None:
+    """Raises InvalidValue unless an experiment can have these groups, and its epochs have room for their floors."""
+    highest = int(groups.ids.max(initial=0))
+    if highest >= spec.num_groups:
+        raise InvalidValue(
+            "groups", highest, f"ids below {spec.num_groups}: how many groups there are is fixed at creation"
+        )
+    if groups.reference_losses is not None and not np.isfinite(groups.reference_losses).all():
+        raise InvalidValue("reference_losses", "not all finite", "finite numbers")
+    needed = int(floor_sizes(groups.ids, spec.num_groups, spec.group_floor).sum())
+    if needed > spec.least_rows:
+        raise InvalidValue(
+            "group_floor",
+            spec.group_floor,
+            f"less: it needs {needed:,} samples an epoch, rounded up group by group, and an epoch visits "
+            f"{spec.least_rows:,}",
+        )

@@ -14,6 +14,15 @@ from evosample.torch.columns import take_rows
 from evosample.torch.distributed import connect
 from evosample.torch.figures import EpochFigures
 from evosample.torch.loader import Loader, MetaBatch, Prefetching
-from evosample.torch.losses import language_model_losses
+from evosample.torch.losses import language_model_losses, prediction_columns
 
-__all__ = ["EpochFigures", "Loader", "MetaBatch", "Prefetching", "connect", "language_model_losses", "take_rows"]
+__all__ = [
+    "EpochFigures",
+    "Loader",
+    "MetaBatch",
+    "Prefetching",
+    "connect",
+    "language_model_losses",
+    "prediction_columns",
+    "take_rows",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import distributed
 
 from evosample import client as core
-from evosample.errors import EvosampleError, InvalidArgumentError, UnavailableError
+from evosample.errors import EvosampleError, InvalidArgumentError, UnavailableError, UsageError
 
 
 def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.Client:
@@ -23,8 +24,20 @@ def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.
 
     Args:
         address, **options: as `evosample.connect` takes them.
+
+    Raises:
+        UsageError: a launcher has started several processes, but torch.distributed is not initialised yet.
     """
-    if address is not None or count_processes() == 1:
+    if address is None and options.get("data_dir") is None:
+        address = core.address_to_use()
+    num_processes, num_launched = count_processes(), int(os.environ.get("WORLD_SIZE") or 1)
+    if address is None and num_processes == 1 and num_launched > 1:
+        raise UsageError(
+            f"{num_launched} processes were launched (WORLD_SIZE), but torch.distributed is not initialised: each "
+            "would have a private server of its own. Call torch.distributed.init_process_group first, or what calls "
+            "it: Accelerator(), TrainingArguments(...)"
+        )
+    if address is not None or num_processes == 1:
         return core.connect(address, **options)
     client = error = None
     if distributed.get_rank() == 0:
@@ -39,7 +52,7 @@ def connect(address: str | Sequence[str] | None = None, **options: Any) -> core.
         raise UnavailableError(f"process 0 could not start the job's private server: {failure}")
     if client is None:
         options.pop("data_dir", None)  # of the server, which process 0 has started
-        client = core.connect(shared, **options)
+        client = core.connect(shared, **(options | core.PRIVATE))
     return client
 
 
@@ -63,11 +76,8 @@ class Job:
         self._run_id = run_id
         self._num_runs = 0
 
-    def next_run(self, uid: str) -> dict[str, Any]:
+    def next_run(self, experiment: core.Experiment) -> dict[str, Any]:
         """What `Experiment.epochs` takes to join this job's next run. Called by all processes of the job.
-
-        Args:
-            uid: of the experiment.
 
         The first run begins with one broadcast. Each later one (after a `break`, or going on from a saved position)
         begins with a barrier: until all have left the run before, its losses are still on their way.
@@ -86,12 +96,17 @@ class Job:
                 field="data_parallel_size",
             )
         if self._run_id is None and num_processes > 1:
-            self._run_id, first_uid = _broadcast([uuid.uuid4().hex, uid])
-            if uid != first_uid:
+            self._run_id, first_name, first_uid = _broadcast([uuid.uuid4().hex, experiment.name, experiment.uid])
+            if experiment.uid != first_uid:
+                why = (
+                    "All take part in one"
+                    if experiment.name != first_name
+                    else "Is each on a private server of its own? Use evosample.torch.connect() instead of "
+                    "evosample.connect(), after torch.distributed is initialised"
+                )
                 raise InvalidArgumentError(
-                    f"process {distributed.get_rank()} has another experiment (uid {uid}) than process 0 has "
-                    f"({first_uid}): is each on a private server of its own? Use evosample.torch.connect() instead of "
-                    "evosample.connect()",
+                    f"process {distributed.get_rank()} has another experiment ({experiment.name!r}, uid "
+                    f"{experiment.uid}) than process 0 has ({first_name!r}, uid {first_uid}). {why}",
                     field="experiment",
                 )
         elif self._run_id is None and size == 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evosample.sampling import ExperimentSpec
+from evosample.sampling import EpochShape, ExperimentSpec
 
 _NUM_TIMED_STEPS = 5
 
@@ -100,38 +100,41 @@ class Costs:
             return None
         return (spec.num_samples // spec.meta_batch_size) * statistics.median(self.train_meta_batch_s)
 
-    def predicted_s(self, spec: ExperimentSpec, epoch: int) -> float | None:
+    def predicted_s(self, spec: ExperimentSpec, shape: EpochShape) -> float | None:
         """Seconds that an epoch is expected to take; None before the costs were measured."""
         if not self.train_meta_batch_s:
             return None
-        shape = spec.shape(epoch)
+        num_selecting = shape.num_selecting_steps
+        num_full = shape.num_training_steps - num_selecting
         train_s = statistics.median(self.train_meta_batch_s)
-        if shape.trained_rows == spec.meta_batch_size:
-            return shape.num_steps * train_s
-        if not shape.selects:
-            return shape.num_steps * train_s * shape.trained_rows / spec.meta_batch_size
+        full_s = num_full * train_s * shape.step_rows / spec.meta_batch_size
+        if not num_selecting and not shape.num_hidden_steps:
+            return full_s
         if not self.score_meta_batch_s:
             return None
         score_s = statistics.median(self.score_meta_batch_s)
-        return shape.num_steps * (score_s + train_s * statistics.median(self.score_mini_batch_s) / score_s)
+        selecting_s = num_selecting * train_s * statistics.median(self.score_mini_batch_s) / score_s
+        return full_s + selecting_s + (num_selecting + shape.num_hidden_steps) * score_s
 
 
 class Stopwatch:
     """Measures an epoch: where its time goes, step by step."""
 
-    def __init__(self, figures: EpochFigures, spec: ExperimentSpec, costs: Costs) -> None:
+    def __init__(self, figures: EpochFigures, spec: ExperimentSpec, shape: EpochShape, costs: Costs) -> None:
         self.figures = figures
         self._spec = spec
-        self._shape = spec.shape(figures.epoch)
+        self._shape = shape
         self._costs = costs
         self._epoch_began_s = time.perf_counter()
         self._step_began_s: float | None = None
         self._loading_s = 0.0
+        self._trains_all = False
         self._steps_s: list[float] = []
         self._effective_shares: list[float] = []
 
-    def begin_step(self) -> None:
-        """A step begins, with its samples loaded."""
+    def begin_step(self, *, trains_all: bool) -> None:
+        """A step begins, with its samples loaded; it trains on all of them, or not."""
+        self._trains_all = trains_all
         self._step_began_s = time.perf_counter()
         self._loading_s = self.figures.loading_s
         self.figures.num_steps += 1
@@ -144,7 +147,7 @@ class Stopwatch:
         self._step_began_s = None
         self.figures.seconds = time.perf_counter() - self._epoch_began_s
         self._steps_s.append(step_s)
-        if self._shape.trained_rows == self._spec.meta_batch_size:
+        if self._trains_all and self._shape.step_rows == self._spec.meta_batch_size:
             self._costs.train_meta_batch_s.append(step_s)
 
     def chose(self, importance_weights: NDArray[np.float32]) -> None:
@@ -159,7 +162,10 @@ class Stopwatch:
         figures.seconds = time.perf_counter() - self._epoch_began_s
         if self._effective_shares:
             figures.effective_sample_share = statistics.fmean(self._effective_shares)
-        full_s, predicted_s = costs.full_epoch_s(self._spec), costs.predicted_s(self._spec, figures.epoch)
+        full_s, predicted_s = costs.full_epoch_s(self._spec), costs.predicted_s(self._spec, self._shape)
         if full_s and self._steps_s and not self._shape.is_annealing:
-            figures.realised_saving = 1 - self._shape.num_steps * statistics.median(self._steps_s) / full_s
+            # Where steps differ from each other there is no middle one that stands for all.
+            is_mixed = self._shape.num_selecting_steps not in (0, self._shape.num_steps) or self._shape.num_hidden_steps
+            step_s = statistics.fmean(self._steps_s) if is_mixed else statistics.median(self._steps_s)
+            figures.realised_saving = 1 - self._shape.num_steps * step_s / full_s
             figures.predicted_saving = None if predicted_s is None else 1 - predicted_s / full_s

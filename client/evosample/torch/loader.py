@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from evosample.client import Experiment
 from evosample.epoch import Batch, Epoch, as_invalid_argument
-from evosample.errors import DataLossError, InvalidArgumentError, UsageError
+from evosample.errors import DataLossError, EvosampleError, InvalidArgumentError, UsageError
 from evosample.run import Run
 from evosample.sampling import check_int
 from evosample.torch.columns import moved, take_rows, with_own_containers
@@ -27,6 +27,10 @@ from evosample.torch.figures import Costs, EpochFigures, Stopwatch
 from evosample.wire import Position
 
 _log = logging.getLogger("evosample")
+
+_PIN = "checkpoint"
+Scored = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+"""What scoring a batch gives: losses [m], or these and the columns that the policy needs, [m] each."""
 
 _PLACE_OPTIONS = {"position", "process_id", "rank", "read_ahead", "run_id", "world_size"}
 _PLANNED_OPTIONS = {"batch_size", "batch_sampler", "drop_last", "generator", "in_order", "sampler", "shuffle"}
@@ -64,6 +68,7 @@ class MetaBatch:
         """Losses of the loaded samples as losses of the planned ones: NaN where a sample is missing."""
         if self._positions is None:
             return losses
+        losses = losses if losses.is_floating_point() else losses.float()
         found = torch.full((len(self._batch.sample_ids),), torch.nan, dtype=losses.dtype, device=losses.device)
         found[torch.from_numpy(self._positions).to(losses.device)] = losses
         return found
@@ -76,6 +81,13 @@ class MetaBatch:
         return np.searchsorted(self._positions, positions[is_there]), is_there
 
 
+class _Reported(NamedTuple):
+    """What came of some rows: their losses, and the columns that the policy needs besides."""
+
+    losses: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
+
+
 @dataclasses.dataclass
 class _Step:
     """A step that was yielded, until its last micro-batch's losses came."""
@@ -83,7 +95,7 @@ class _Step:
     meta_batch: MetaBatch
     num_rows: int
     num_due: int
-    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    reported: list[_Reported] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -116,9 +128,10 @@ class Loader:
             `prefetch_samples` is told which samples are to come: see `Prefetching`.
         experiment: made by a client.
         model: whose buffers the scoring pass must leave alone; wrapped (DDP, FSDP) as it is trained.
-        score: takes a batch as the dataset's `collate_fn` makes it, returns its losses, [m], one a sample. It may use
-            autocast or a cheaper forward pass. It may take elements out of the batch, but not change tensors in place:
-            what is trained on are rows of the same tensors. Not needed where no step selects.
+        score: takes a batch as the dataset's `collate_fn` makes it, returns its losses, [m], one a sample; or these and
+            a dict of the columns that the policy needs besides, [m] each. It may use autocast or a cheaper forward
+            pass. It may take elements out of the batch, but not change tensors in place: what is trained on are rows of
+            the same tensors. Not needed where no step selects, and none is only scored (Kakurenbo).
         micro_batch_size: for gradient accumulation: score and yield at most so many samples at once. `ends_step` says
             when to step the optimizer. Default: a step is one batch.
         scoring_micro_batch_size: at most so many samples in a scoring pass, which needs less memory than training.
@@ -138,6 +151,10 @@ class Loader:
             can't have "on_unavailable": "uniform": each would find out at another step that there is no server.
         **options: what `DataLoader` takes besides: collate_fn, num_workers, pin_memory, worker_init_fn ...
 
+    Attributes:
+        experiment: as passed.
+        model: as passed; may be set anew where it is wrapped later.
+
     Raises:
         InvalidArgumentError: the dataset does not fit the experiment, or an argument is missing.
     """
@@ -148,7 +165,7 @@ class Loader:
         experiment: Experiment,
         *,
         model: torch.nn.Module,
-        score: Callable[[Any], torch.Tensor] | None = None,
+        score: Callable[[Any], Scored] | None = None,
         micro_batch_size: int | None = None,
         scoring_micro_batch_size: int | None = None,
         device: torch.device | str | None = None,
@@ -161,15 +178,19 @@ class Loader:
         run_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        _check_dataset(dataset, experiment)
-        if score is None and experiment.spec.selects:
+        if not isinstance(experiment, Experiment):
             raise InvalidArgumentError(
-                f"score=None: {experiment.spec.policy} selects by losses; pass a function that takes a batch and "
-                "returns the loss of each of its samples",
-                field="score",
+                f"experiment={experiment!r}: expected what client.create_experiment(...) gives", field="experiment"
             )
+        _check_dataset(dataset, experiment)
         if not isinstance(model, torch.nn.Module):
             raise InvalidArgumentError(f"model={model!r}: expected a torch.nn.Module", field="model")
+        if score is None and (experiment.spec.selects or experiment.spec.policy.hides):
+            raise InvalidArgumentError(
+                f"score=None: {experiment.spec.policy} scores samples that it does not train on; pass a function that "
+                "takes a batch and returns the loss of each of its samples",
+                field="score",
+            )
         for option in sorted(_PLANNED_OPTIONS & options.keys()):
             raise InvalidArgumentError(
                 f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
@@ -195,7 +216,7 @@ class Loader:
                 check_int("data_parallel_rank", data_parallel_rank, 0, data_parallel_size - 1)
                 experiment.spec.check_world_size(data_parallel_size)
         self.experiment = experiment
-        self._model = model
+        self.model = model
         self._score = score
         self._micro_batch_size = micro_batch_size
         self._scoring_micro_batch_size = scoring_micro_batch_size or micro_batch_size
@@ -210,10 +231,12 @@ class Loader:
         self._is_exhausted = False
         self._pending: deque[_MicroBatch] = deque()
         self._ends_step = True
+        self._epoch_to_pin: int | None = None
         self._predicts_saving = predict_saving and experiment.spec.selects
         self._costs = Costs()
-        self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec, self._costs)
+        self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec, experiment.spec.shape(0), self._costs)
         self._planned = _PlannedBatches(dataset)
+        self._fingerprint: str = getattr(dataset, "fingerprint", "")
         # Workers are seeded from this generator: PyTorch's own would lose a number to every epoch.
         self._generator = torch.Generator()
         collate = _Collate(options.pop("collate_fn", None) or default_collate)
@@ -235,7 +258,15 @@ class Loader:
     def progress(self) -> float:
         """The share of the whole run's steps that are done, in [0, 1]: what a learning-rate schedule can go by."""
         spec, position = self.experiment.spec, self.position
-        return (spec.num_steps_before(position.epoch) + position.step) / spec.total_steps
+        if self._epoch is not None and self._epoch.number == position.epoch:
+            return self._epoch.progress(position.step)
+        shape = spec.shape(min(position.epoch, spec.num_epochs - 1))  # samples may have been added since
+        return (spec.num_steps_before(position.epoch) + min(position.step, shape.num_steps)) / spec.total_steps
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What the policy says that the learning rate is to be multiplied by in the current epoch; mostly 1."""
+        return 1.0 if self._epoch is None else self._epoch.learning_rate_factor
 
     @property
     def ends_step(self) -> bool:
@@ -248,12 +279,19 @@ class Loader:
         return self._stopwatch.figures
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position, once every loss before it is in the store. Save it with the model; call it on all ranks."""
+        """The position, once every loss before it is in the store. Save it with the model; call it on all ranks.
+
+        The server keeps its epoch, beside those that it retains anyway, until the position is asked for again.
+        """
         if self._run is not None:
             self._run.flush()
         position = self.position
+        self._epoch_to_pin = position.epoch
         experiment = self.experiment
-        return {"experiment": experiment.name, "uid": experiment.uid, "epoch": position.epoch, "step": position.step}
+        state: dict[str, int | str] = {"experiment": experiment.name, "uid": experiment.uid}
+        if self._fingerprint:
+            state["dataset"] = self._fingerprint
+        return state | position._asdict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position. Call it on all ranks."""
@@ -266,25 +304,35 @@ class Loader:
             )
         if state.get("uid", self.experiment.uid) != self.experiment.uid:
             raise InvalidArgumentError(
-                f"the state belongs to an earlier experiment {self.experiment.name!r}, which was deleted: begin the "
-                "new one at its start",
+                f"the experiment {self.experiment.name!r} of this state is not on this server; the one that is has "
+                "the same name, but nothing of what was learned. A private server ends with its job: for jobs that go "
+                "on use an evosample-server, or connect(data_dir=...). Without it training begins at the start",
+                field="state",
+            )
+        if state.get("dataset", self._fingerprint) != self._fingerprint:
+            raise InvalidArgumentError(
+                "the state was saved with another dataset, or with the same shards in another order: its sample ids "
+                "would stand for other samples",
                 field="state",
             )
         self._leave_run()
+        self._epoch_to_pin = None
         self._position = Position(int(state["epoch"]), int(state["step"]))
 
-    def mean(self, losses: torch.Tensor) -> torch.Tensor:
+    def mean(self, losses: torch.Tensor, **columns: torch.Tensor) -> torch.Tensor:
         """Hand over the losses of the oldest batch that is due, and get the loss to back-propagate.
 
         Args:
             losses: [m], one for each sample of the batch, with their graph.
+            columns: [m] each, what the policy needs besides (`experiment.spec.policy.reported_columns`). Where a step
+                selects, its scoring pass has given them already, and they are not looked at.
 
         Returns:
             sum(importance_weight * loss) / (rows of the whole mini-batch): a scalar. Without micro-batches that is the
             weighted mean; the gradients of a step's micro-batches add up to it.
 
         Raises:
-            InvalidArgumentError: the losses' shape is not [m].
+            InvalidArgumentError: a shape is not [m], or there are other columns than the policy needs.
             UsageError: no batch is due.
         """
         if not self._pending:
@@ -294,12 +342,15 @@ class Loader:
         batch = step.meta_batch.planned
         losses = _checked(losses, micro_batch.num_rows)
         ends_step = self._is_last_of_step(micro_batch)
-        reported = step.losses if micro_batch.is_filler else [*step.losses, losses.detach()]
+        reported = step.reported
+        if not micro_batch.is_filler and not batch.selects:
+            found = {name: _checked(column, micro_batch.num_rows, name).detach() for name, column in columns.items()}
+            reported = [*reported, _Reported(losses.detach(), found)]
         if not batch.selects and ends_step:
-            batch.report(step.meta_batch.all_losses(torch.cat(reported)))
+            self._report(step.meta_batch, reported)
         self._ends_step = ends_step
         self._pending.popleft()
-        step.losses = reported
+        step.reported = reported
         step.num_due -= 1
         if ends_step:
             self._position = Position(batch.epoch, batch.step + 1)
@@ -310,6 +361,11 @@ class Loader:
         if micro_batch.is_filler:
             losses = losses * 0
         return losses.sum() / step.num_rows
+
+    @staticmethod
+    def _report(meta_batch: MetaBatch, reported: list[_Reported]) -> None:
+        losses, columns = _all(meta_batch, reported)
+        meta_batch.planned.report(losses, **columns)
 
     @staticmethod
     def _is_last_of_step(micro_batch: _MicroBatch) -> bool:
@@ -332,7 +388,7 @@ class Loader:
             raise UsageError(
                 "accumulate() was called without a batch: it goes around a batch's forward and backward pass"
             )
-        with gradient_sync(self._model, self._is_last_of_step(self._pending[0])):
+        with gradient_sync(self.model, self._is_last_of_step(self._pending[0])):
             yield
 
     def __iter__(self) -> Iterator[Any]:
@@ -344,19 +400,28 @@ class Loader:
         """What iterating the loader goes through, one step at a time and not scored yet.
 
         For trainers that take batches ahead: scoring has to wait until the step before is done. Pass each meta-batch to
-        `micro_batches` when its turn comes.
+        `micro_batches` when its turn comes. When this returns, `position` is where the meta-batches begin.
         """
         epoch = self._next_epoch()
+        return iter(()) if epoch is None else self._meta_batches(epoch)
+
+    def _meta_batches(self, epoch: Epoch) -> Iterator[MetaBatch]:
         self._is_exhausted = False
-        self._planned.begin(epoch)
+        assert self._run is not None
+        self._planned.begin(epoch, self._run.world_size)
         self._generator.manual_seed(self._worker_seed(epoch))
         data_batches = iter(self._data_loader)
         try:
-            for _ in range(epoch.first_step, epoch.num_steps):
+            for step in range(epoch.first_step, epoch.num_steps):
                 began_s = time.perf_counter()
                 loaded = next(data_batches, None)
-                if loaded is None:  # the others have gone on without this rank
-                    break
+                if loaded is None:
+                    if not epoch.is_closed and step < epoch.stop:
+                        raise UsageError(
+                            f"the DataLoader ended before step {step} of {epoch.num_steps}: does the dataset or its "
+                            "collate_fn raise StopIteration?"
+                        )
+                    break  # the others have gone on without this rank
                 self.figures.loading_s += time.perf_counter() - began_s
                 yield self._meta_batch(loaded)
         finally:
@@ -390,7 +455,7 @@ class Loader:
         data = loaded.data if self._device is None else moved(loaded.data, self._device)
         return MetaBatch(data, batch, positions)
 
-    def _next_epoch(self) -> Epoch:
+    def _next_epoch(self) -> Epoch | None:
         if self._is_exhausted and self._epoch is not None and self.position.epoch == self._epoch.number:
             raise self._losses_missing()
         if self._epoch is not None and self.position != (self._epoch.number + 1, 0):  # it was broken off
@@ -403,17 +468,22 @@ class Loader:
                     "server, and they would wait for each other in vain",
                     field="run_options",
                 )
-            options = self._job.next_run(self.experiment.uid) | {"position": self._position} | self._run_options
+            options = self._job.next_run(self.experiment) | {"position": self._position} | self._run_options
             self._run = self.experiment.epochs(**options)
         epoch = next(self._run, None)
         if epoch is None:
-            raise UsageError(
-                f"the experiment's {self.experiment.spec.num_epochs} epochs are done: there is no next one"
+            num_epochs = self.experiment.spec.num_epochs
+            _log.warning(
+                "the experiment's %d epochs are done: there is nothing left to train on. A job that goes on from a "
+                "position has fewer of them before it: range(loader.position.epoch, %d)",
+                num_epochs,
+                num_epochs,
             )
+            return None
         self._epoch = epoch
         self._position = Position(epoch.number, epoch.first_step)
         figures = EpochFigures(epoch.number, waiting_s=time.perf_counter() - began_s, new_share=epoch.new_share)
-        self._stopwatch = Stopwatch(figures, self.experiment.spec, self._costs)
+        self._stopwatch = Stopwatch(figures, self.experiment.spec, epoch.shape, self._costs)
         return epoch
 
     def _losses_missing(self) -> UsageError:
@@ -422,6 +492,13 @@ class Loader:
             f"the losses of step {due.step} of epoch {due.epoch} were not handed over: call loader.mean(losses) for "
             "every batch. A trainer that takes several batches ahead needs read_ahead"
         )
+
+    def close(self) -> None:
+        """Report what is left, and end persistent workers. Training can go on afterwards, where it was."""
+        self._leave_run()
+        workers, self._data_loader._iterator = self._data_loader._iterator, None
+        if workers is not None:
+            workers._shutdown_workers()  # type: ignore[attr-defined]  # else the garbage collector joins them, slowly
 
     def _leave_run(self) -> None:
         self._pending.clear()
@@ -433,28 +510,33 @@ class Loader:
             self._run = None
 
     def micro_batches(self, meta_batch: MetaBatch) -> Iterator[Any]:
-        """Score a meta-batch if its step selects, and yield what there is to train on: one batch or several.
+        """Score a meta-batch if its step needs it, and yield what there is to train on: no batch, one or several.
 
         Raises:
             UsageError: the losses of an earlier step were not passed to `mean`.
         """
         if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
             raise self._losses_missing()
+        self._pin_checkpoint()
         self._stopwatch.end_step()
         batch = meta_batch.planned
         if self._predicts_saving and not batch.selects and self._costs.want_more and self.figures.num_steps:
             self._measure_scoring(meta_batch)  # not in the first step, which is slower
-        self._stopwatch.begin_step()
-        if batch.selects:
+        self._stopwatch.begin_step(trains_all=batch.trains and not batch.selects)
+        if batch.selects or not batch.trains:
             began_s = time.perf_counter()
-            chosen = batch.select(meta_batch.all_losses(self._scored(meta_batch, len(batch.sample_ids))))
+            losses, columns = _all(meta_batch, self._scored(meta_batch, len(batch.sample_ids)))
+            chosen = batch.select(losses, **columns)
             self.figures.scoring_s += time.perf_counter() - began_s
         else:
             chosen = batch.all()
+        if not batch.trains:
+            self._position = Position(batch.epoch, batch.step + 1)
+            return
         rows, is_there = meta_batch.loaded(chosen.positions)
         importance_weights = chosen.importance_weights if is_there is None else chosen.importance_weights[is_there]
         weights = None
-        if self.experiment.spec.importance_weight != "none":
+        if self.experiment.spec.has_set_weights:
             self._stopwatch.chose(importance_weights)
             weights = torch.from_numpy(importance_weights)
         parts = _parts(rows, len(chosen.positions), self._micro_batch_size)
@@ -476,6 +558,16 @@ class Loader:
         self._costs.score_meta_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_scored)))
         self._costs.score_mini_batch_s.append(_seconds(lambda: self._scored(meta_batch, num_trained)))
 
+    def _pin_checkpoint(self) -> None:
+        """At an epoch's end the next one may not be planned yet: it is pinned once a step of it is here."""
+        epoch, self._epoch_to_pin = self._epoch_to_pin, None
+        if epoch is None or self._run is None or self._run.rank:
+            return
+        try:
+            self.experiment.pin_epoch(_PIN, epoch)
+        except EvosampleError as error:
+            _log.warning("the last checkpoint can be resumed for as long as its epoch is retained only: %s", error)
+
     def _rows(self, meta_batch: MetaBatch, positions: NDArray[np.int64]) -> Any:
         num_rows = meta_batch.num_rows
         if len(positions) == num_rows:
@@ -483,31 +575,40 @@ class Loader:
         rows = torch.from_numpy(positions)
         return self._take(meta_batch.data, rows) if self._take else take_rows(meta_batch.data, rows, num_rows)
 
-    def _scored(self, meta_batch: MetaBatch, num_planned: int) -> torch.Tensor:
-        """The losses of a meta-batch's first `num_planned` samples, or as many as were loaded."""
+    def _scored(self, meta_batch: MetaBatch, num_planned: int) -> list[_Reported]:
+        """What comes of scoring a meta-batch's first `num_planned` samples, or as many as were loaded."""
         assert self._score is not None
         rows = np.arange(min(num_planned, meta_batch.num_rows))
-        losses = []
-        with torch.no_grad(), _undisturbed(self._model):
+        scored = []
+        num_left = len(rows)  # what comes after them fills up
+        with torch.no_grad(), _undisturbed(self.model):
             for positions in _parts(rows, num_planned, self._scoring_micro_batch_size):
-                batch = with_own_containers(self._rows(meta_batch, positions))
-                losses.append(_checked(self._score(batch), len(positions)))
-        return torch.cat(losses)[: len(rows)]
+                found = self._score(with_own_containers(self._rows(meta_batch, positions)))
+                losses, columns = found if isinstance(found, tuple) else (found, dict[str, torch.Tensor]())
+                losses = _checked(losses, len(positions))[:num_left]
+                columns = {n: _checked(column, len(positions), n)[:num_left] for n, column in columns.items()}
+                num_left -= len(losses)
+                scored.append(_Reported(losses, columns))
+        return scored
 
 
 class Prefetching(Protocol):
     """A dataset that is told which samples are to come, in the process of the loader.
 
     Attributes:
-        prefetch_samples: how far ahead it wants to know.
+        prefetch_samples: how far ahead it wants to know, in samples of all processes of the job together.
     """
 
     prefetch_samples: int
 
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
-        """Called with sample ids, [k], in their order, as soon as they are among the next `prefetch_samples`.
+    def prefetch(self, sample_ids: NDArray[np.int64], num_ahead: int) -> None:
+        """Called with the next sample ids of this process, [k], in their order, as soon as they are within that.
 
         It must not block. Each sample comes once an epoch, but for those of the first step, which is loaded at once.
+
+        Args:
+            sample_ids: int64 [k].
+            num_ahead: how far ahead it is told, in samples of this process.
         """
 
 
@@ -516,14 +617,16 @@ class _PlannedBatches:
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.taken: deque[Batch] = deque()
-        self._prefetch: Callable[[NDArray[np.int64]], None] | None = getattr(dataset, "prefetch", None)
+        self._prefetch: Callable[[NDArray[np.int64], int], None] | None = getattr(dataset, "prefetch", None)
         self._prefetch_samples: int = getattr(dataset, "prefetch_samples", 0)
         self._epoch: Epoch | None = None
         self._num_announced = 0
+        self._num_steps_ahead = 0
 
-    def begin(self, epoch: Epoch) -> None:
+    def begin(self, epoch: Epoch, world_size: int) -> None:
         self._epoch = epoch
         self._num_announced = epoch.first_step
+        self._num_steps_ahead = self._prefetch_samples // (epoch.part_rows * world_size)
         self.taken.clear()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -535,11 +638,11 @@ class _PlannedBatches:
             self.taken.append(batch)
             yield batch.sample_ids.tolist()
 
-    def _announce(self, epoch: Epoch, prefetch: Callable[[NDArray[np.int64]], None]) -> None:
+    def _announce(self, epoch: Epoch, prefetch: Callable[[NDArray[np.int64], int], None]) -> None:
         first = max(self._num_announced, epoch.num_yielded)
-        sample_ids = epoch.buffered_ids(first, epoch.num_yielded + self._prefetch_samples // epoch.part_rows)
+        sample_ids = epoch.buffered_ids(first, epoch.num_yielded + self._num_steps_ahead)
         if len(sample_ids):
-            prefetch(sample_ids.reshape(-1))
+            prefetch(sample_ids.reshape(-1), self._num_steps_ahead * epoch.part_rows)
         self._num_announced = first + len(sample_ids)
 
 
@@ -593,17 +696,26 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _checked(losses: torch.Tensor, num_rows: int) -> torch.Tensor:
-    if not isinstance(losses, torch.Tensor):
-        raise InvalidArgumentError(f"losses={losses!r}: expected a tensor of {num_rows} losses", field="losses")
-    if losses.shape != (num_rows,):
+def _all(meta_batch: MetaBatch, reported: list[_Reported]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and columns of a step's planned samples: NaN where a sample is missing."""
+    losses = meta_batch.all_losses(torch.cat([rows.losses for rows in reported]))
+    names = reported[0].columns.keys()
+    if any(rows.columns.keys() != names for rows in reported):
+        raise InvalidArgumentError("columns: not the same ones in all micro-batches of a step", field="columns")
+    return losses, {name: meta_batch.all_losses(torch.cat([rows.columns[name] for rows in reported])) for name in names}
+
+
+def _checked(values: torch.Tensor, num_rows: int, field: str = "losses") -> torch.Tensor:
+    if not isinstance(values, torch.Tensor):
+        raise InvalidArgumentError(f"{field}={values!r}: expected a tensor of {num_rows} numbers", field=field)
+    if values.shape != (num_rows,):
         raise InvalidArgumentError(
-            f"losses have shape {tuple(losses.shape)}, expected ({num_rows},): one loss a sample of the batch. "
-            'Compute them without reduction (reduction="none"), and average what belongs to one sample. Batches of a '
+            f"{field} have shape {tuple(values.shape)}, expected ({num_rows},): one a sample of the batch. "
+            'Compute losses without reduction (reduction="none"), and average what belongs to one sample. Batches of a '
             "type of your own need the loader's take, which picks their rows",
-            field="losses",
+            field=field,
         )
-    return losses
+    return values
 
 
 def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
@@ -613,11 +725,11 @@ def _check_dataset(dataset: Dataset[Any], experiment: Experiment) -> None:
             "are loaded by their ids",
             field="dataset",
         )
-    num_samples = len(dataset) if hasattr(dataset, "__len__") else experiment.spec.num_samples
-    if num_samples != experiment.spec.num_samples:
+    num_samples = len(dataset) if hasattr(dataset, "__len__") else experiment.num_samples
+    if num_samples not in (experiment.spec.num_samples, experiment.num_samples):
         raise InvalidArgumentError(
             f"dataset has {num_samples:,} samples, experiment {experiment.name!r} was created for "
-            f"{experiment.spec.num_samples:,}",
+            f"{experiment.num_samples:,}; if it has grown: experiment.extend_dataset(len(dataset))",
             field="dataset",
         )
 

@@ -1,4 +1,4 @@
-"""Losses a sample, of models whose samples are sequences."""
+"""What a policy needs to know of each sample: losses of sequences, and predictions."""
 
 from __future__ import annotations
 
@@ -40,3 +40,25 @@ def language_model_losses(
         logits = logits.float()
     losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=ignore_index)
     return losses.sum(1) / (labels != ignore_index).sum(1).clamp(min=1)
+
+
+def prediction_columns(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What Kakurenbo needs beside the loss: whether a prediction is right, and the probability that it is given.
+
+    Args:
+        logits: [m, classes].
+        labels: int64 [m].
+
+    Returns:
+        "correct" (1 or 0) and "confidence", max_c softmax(logits_i)_c: float32 [m] each, without a graph.
+
+    Raises:
+        InvalidArgumentError: the shapes don't fit.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise InvalidArgumentError(
+            f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected [m, classes] and [m]",
+            field="labels",
+        )
+    confidence, predicted = logits.detach().float().softmax(1).max(1)
+    return {"correct": (predicted == labels).float(), "confidence": confidence}

@@ -20,6 +20,38 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _DrawMethod:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DrawMethodEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DrawMethod.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DRAW_METHOD_UNSPECIFIED: _DrawMethod.ValueType  # 0
+    """Means SUCCESSIVE."""
+    DRAW_METHOD_SUCCESSIVE: _DrawMethod.ValueType  # 1
+    """Without replacement, one by one in proportion to the weights that are left: the exponential race."""
+    DRAW_METHOD_SYSTEMATIC: _DrawMethod.ValueType  # 2
+    """Without replacement, with inclusion probabilities min(1, c * w)."""
+    DRAW_METHOD_TOP_K: _DrawMethod.ValueType  # 3
+    """The k largest. No importance weights."""
+    DRAW_METHOD_WITH_REPLACEMENT: _DrawMethod.ValueType  # 4
+    """k independent draws: a row may be chosen several times."""
+
+class DrawMethod(_DrawMethod, metaclass=_DrawMethodEnumTypeWrapper):
+    """How k of n rows are drawn by their weights w."""
+
+DRAW_METHOD_UNSPECIFIED: DrawMethod.ValueType  # 0
+"""Means SUCCESSIVE."""
+DRAW_METHOD_SUCCESSIVE: DrawMethod.ValueType  # 1
+"""Without replacement, one by one in proportion to the weights that are left: the exponential race."""
+DRAW_METHOD_SYSTEMATIC: DrawMethod.ValueType  # 2
+"""Without replacement, with inclusion probabilities min(1, c * w)."""
+DRAW_METHOD_TOP_K: DrawMethod.ValueType  # 3
+"""The k largest. No importance weights."""
+DRAW_METHOD_WITH_REPLACEMENT: DrawMethod.ValueType  # 4
+"""k independent draws: a row may be chosen several times."""
+global___DrawMethod = DrawMethod
+
 class _ImportanceWeight:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -87,7 +119,9 @@ class ExperimentRef(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     UID_FIELD_NUMBER: builtins.int
     project: builtins.str
-    """1 to 128 characters from A-Z a-z 0-9 . _ - that start with a letter or a digit. Unset: "default"."""
+    """1 to 128 characters from A-Z a-z 0-9 . _ - that start with a letter or a digit. Unset: the one that the caller's
+    token opens or, where none is needed, "default".
+    """
     name: builtins.str
     """Unique in its project; characters as above. Required."""
     uid: builtins.str
@@ -115,6 +149,8 @@ class EvolvedSampling(google.protobuf.message.Message):
     BETA2_FIELD_NUMBER: builtins.int
     PRUNE_RATIO_FIELD_NUMBER: builtins.int
     ANNEALING_FIELD_NUMBER: builtins.int
+    SET_DRAW_FIELD_NUMBER: builtins.int
+    BATCH_DRAW_FIELD_NUMBER: builtins.int
     beta1: builtins.float
     """In [0, 1]. Unset: 0.2."""
     beta2: builtins.float
@@ -125,6 +161,10 @@ class EvolvedSampling(google.protobuf.message.Message):
     """Share of the epochs, in [0, 1), that train on everything: the first max(1, ceil(share * num_epochs)) (none with
     `warm_start`) and the last ceil(share * num_epochs). Unset: 0.05.
     """
+    set_draw: global___DrawMethod.ValueType
+    """How an epoch's samples are drawn. Not WITH_REPLACEMENT."""
+    batch_draw: global___DrawMethod.ValueType
+    """How a mini-batch is drawn."""
     def __init__(
         self,
         *,
@@ -132,9 +172,11 @@ class EvolvedSampling(google.protobuf.message.Message):
         beta2: builtins.float | None = ...,
         prune_ratio: builtins.float | None = ...,
         annealing: builtins.float | None = ...,
+        set_draw: global___DrawMethod.ValueType = ...,
+        batch_draw: global___DrawMethod.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_annealing", b"_annealing", "_beta1", b"_beta1", "_beta2", b"_beta2", "_prune_ratio", b"_prune_ratio", "annealing", b"annealing", "beta1", b"beta1", "beta2", b"beta2", "prune_ratio", b"prune_ratio"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_annealing", b"_annealing", "_beta1", b"_beta1", "_beta2", b"_beta2", "_prune_ratio", b"_prune_ratio", "annealing", b"annealing", "beta1", b"beta1", "beta2", b"beta2", "prune_ratio", b"prune_ratio"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_annealing", b"_annealing", "_beta1", b"_beta1", "_beta2", b"_beta2", "_prune_ratio", b"_prune_ratio", "annealing", b"annealing", "batch_draw", b"batch_draw", "beta1", b"beta1", "beta2", b"beta2", "prune_ratio", b"prune_ratio", "set_draw", b"set_draw"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_annealing", b"_annealing"]) -> typing.Literal["annealing"] | None: ...
     @typing.overload
@@ -179,6 +221,226 @@ class RandomSubset(google.protobuf.message.Message):
 global___RandomSubset = RandomSubset
 
 @typing.final
+class InfoBatch(google.protobuf.message.Message):
+    """InfoBatch (arXiv 2303.04947): of the samples whose latest loss is under the mean each is left out with probability
+    `ratio`; those that are kept have the importance weight 1 / (1 - ratio).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RATIO_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    ratio: builtins.float
+    """In [0, 1). Unset: 0.5."""
+    delta: builtins.float
+    """Share of the epochs after which nothing is left out any more, in [0, 1]. Unset: 0.875."""
+    def __init__(
+        self,
+        *,
+        ratio: builtins.float | None = ...,
+        delta: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_delta", b"_delta", "_ratio", b"_ratio", "delta", b"delta", "ratio", b"ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_delta", b"_delta", "_ratio", b"_ratio", "delta", b"delta", "ratio", b"ratio"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_delta", b"_delta"]) -> typing.Literal["delta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ratio", b"_ratio"]) -> typing.Literal["ratio"] | None: ...
+
+global___InfoBatch = InfoBatch
+
+@typing.final
+class Kakurenbo(google.protobuf.message.Message):
+    """KAKURENBO (arXiv 2310.10102): of the lowest losses those that are predicted right, and surely, are not trained on
+    but only scored, in steps at the epoch's end. Needs the columns "correct" and "confidence".
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_RATIO_FIELD_NUMBER: builtins.int
+    MIN_CONFIDENCE_FIELD_NUMBER: builtins.int
+    max_ratio: builtins.float
+    """Share of the samples that is hidden at most, in [0, 1). Unset: 0.3."""
+    min_confidence: builtins.float
+    """In [0, 1]. Unset: 0.7."""
+    def __init__(
+        self,
+        *,
+        max_ratio: builtins.float | None = ...,
+        min_confidence: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_ratio", b"_max_ratio", "_min_confidence", b"_min_confidence", "max_ratio", b"max_ratio", "min_confidence", b"min_confidence"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_ratio", b"_max_ratio", "_min_confidence", b"_min_confidence", "max_ratio", b"max_ratio", "min_confidence", b"min_confidence"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_ratio", b"_max_ratio"]) -> typing.Literal["max_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_confidence", b"_min_confidence"]) -> typing.Literal["min_confidence"] | None: ...
+
+global___Kakurenbo = Kakurenbo
+
+@typing.final
+class OrderedSGD(google.protobuf.message.Message):
+    """Ordered SGD (arXiv 1907.04371): a step back-propagates the rows with the highest losses."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___OrderedSGD = OrderedSGD
+
+@typing.final
+class UCB(google.protobuf.message.Message):
+    """Dynamic pruning by an upper confidence bound (arXiv 2111.12621): an epoch keeps the samples of the highest
+    mean + c * variance, moving averages over their losses.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRUNE_RATIO_FIELD_NUMBER: builtins.int
+    C_FIELD_NUMBER: builtins.int
+    ALPHA_FIELD_NUMBER: builtins.int
+    prune_ratio: builtins.float
+    """Share of the samples that an epoch leaves out, in [0, 1). Unset: 0.3."""
+    c: builtins.float
+    """From 0. Unset: 1."""
+    alpha: builtins.float
+    """Weight of the newest loss, in [0, 1]. Unset: 0.8."""
+    def __init__(
+        self,
+        *,
+        prune_ratio: builtins.float | None = ...,
+        c: builtins.float | None = ...,
+        alpha: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_c", b"_c", "_prune_ratio", b"_prune_ratio", "alpha", b"alpha", "c", b"c", "prune_ratio", b"prune_ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_c", b"_c", "_prune_ratio", b"_prune_ratio", "alpha", b"alpha", "c", b"c", "prune_ratio", b"prune_ratio"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_c", b"_c"]) -> typing.Literal["c"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prune_ratio", b"_prune_ratio"]) -> typing.Literal["prune_ratio"] | None: ...
+
+global___UCB = UCB
+
+@typing.final
+class SelectiveBackprop(google.protobuf.message.Message):
+    """Selective Backprop (arXiv 1910.00762) by ranks: rows are drawn in proportion to (rank / B)^(B / b - 1)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    SELECTING_INTERVAL_FIELD_NUMBER: builtins.int
+    begin: builtins.float
+    """Share of the epochs before selection begins, in [0, 1). Unset: 0.5."""
+    end: builtins.float
+    """Share of the epochs before it ends, in (0, 1]. Unset: 0.9."""
+    selecting_interval: builtins.int
+    """Every how many steps one selects. Unset: 2."""
+    def __init__(
+        self,
+        *,
+        begin: builtins.float | None = ...,
+        end: builtins.float | None = ...,
+        selecting_interval: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_begin", b"_begin", "_end", b"_end", "_selecting_interval", b"_selecting_interval", "begin", b"begin", "end", b"end", "selecting_interval", b"selecting_interval"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_begin", b"_begin", "_end", b"_end", "_selecting_interval", b"_selecting_interval", "begin", b"begin", "end", b"end", "selecting_interval", b"selecting_interval"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_begin", b"_begin"]) -> typing.Literal["begin"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_end", b"_end"]) -> typing.Literal["end"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_selecting_interval", b"_selecting_interval"]) -> typing.Literal["selecting_interval"] | None: ...
+
+global___SelectiveBackprop = SelectiveBackprop
+
+@typing.final
+class CustomPolicy(google.protobuf.message.Message):
+    """A policy that the server has from elsewhere: installed as a Python package with an entry point of the group
+    "evosample.policies". INVALID_ARGUMENT if it has none of this name.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SettingsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> global___Setting: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: global___Setting | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    REPORTED_COLUMNS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Of the entry point."""
+    @property
+    def settings(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Setting]:
+        """The policy's settings by their names. Unset: their defaults."""
+
+    @property
+    def columns(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What the policy keeps of each sample, and what it needs clients to report besides the loss: for who has to do with the
+        experiment, but has no such policy.
+        """
+
+    @property
+    def reported_columns(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        settings: collections.abc.Mapping[builtins.str, global___Setting] | None = ...,
+        columns: collections.abc.Iterable[builtins.str] | None = ...,
+        reported_columns: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns", b"columns", "name", b"name", "reported_columns", b"reported_columns", "settings", b"settings"]) -> None: ...
+
+global___CustomPolicy = CustomPolicy
+
+@typing.final
+class Setting(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FLAG_FIELD_NUMBER: builtins.int
+    INTEGER_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    flag: builtins.bool
+    integer: builtins.int
+    number: builtins.float
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        flag: builtins.bool = ...,
+        integer: builtins.int = ...,
+        number: builtins.float = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["flag", b"flag", "integer", b"integer", "number", b"number", "text", b"text", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["flag", b"flag", "integer", b"integer", "number", b"number", "text", b"text", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["flag", "integer", "number", "text"] | None: ...
+
+global___Setting = Setting
+
+@typing.final
 class ExperimentSpec(google.protobuf.message.Message):
     """What is fixed when an experiment is created. Equal specs give equal epochs on any server."""
 
@@ -191,11 +453,22 @@ class ExperimentSpec(google.protobuf.message.Message):
     EVOLVED_SAMPLING_FIELD_NUMBER: builtins.int
     UNIFORM_FIELD_NUMBER: builtins.int
     RANDOM_SUBSET_FIELD_NUMBER: builtins.int
+    INFO_BATCH_FIELD_NUMBER: builtins.int
+    KAKURENBO_FIELD_NUMBER: builtins.int
+    ORDERED_SGD_FIELD_NUMBER: builtins.int
+    UCB_FIELD_NUMBER: builtins.int
+    SELECTIVE_BACKPROP_FIELD_NUMBER: builtins.int
+    CUSTOM_FIELD_NUMBER: builtins.int
     IMPORTANCE_WEIGHT_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     WARM_START_FIELD_NUMBER: builtins.int
     SHARD_SIZES_FIELD_NUMBER: builtins.int
     SHUFFLE_BLOCK_SAMPLES_FIELD_NUMBER: builtins.int
+    MAX_SKIPPED_EPOCHS_FIELD_NUMBER: builtins.int
+    LOSS_CLIP_QUANTILE_FIELD_NUMBER: builtins.int
+    NUM_GROUPS_FIELD_NUMBER: builtins.int
+    GROUP_FLOOR_FIELD_NUMBER: builtins.int
+    MIXTURE_FIELD_NUMBER: builtins.int
     num_samples: builtins.int
     """n, from 1 to 2^40; sample ids are 0 to n - 1. A server may set a lower bound: RESOURCE_EXHAUSTED."""
     num_epochs: builtins.int
@@ -213,6 +486,16 @@ class ExperimentSpec(google.protobuf.message.Message):
     """Samples of the dataset that such a block spans: a shard belongs to the block in which its first sample falls. Unset:
     ten shards of mean size. Must be unset without shard_sizes.
     """
+    max_skipped_epochs: builtins.int
+    """A sample that has had no finite loss in so many epochs in a row is kept: from 1 to 254. Unset: none is for that reason."""
+    loss_clip_quantile: builtins.float
+    """Losses above this quantile count as that, in (0, 1]: of the epoch when they are taken into the scores, of the part in
+    the draw of a mini-batch. Unset: 1.
+    """
+    num_groups: builtins.int
+    """G, groups that samples belong to, such as classes or domains, at most 1,000; SetGroups says which. Unset: none."""
+    group_floor: builtins.float
+    """Share of each group that every epoch keeps at least, in [0, 1)."""
     @property
     def evolved_sampling(self) -> global___EvolvedSampling: ...
     @property
@@ -220,10 +503,26 @@ class ExperimentSpec(google.protobuf.message.Message):
     @property
     def random_subset(self) -> global___RandomSubset: ...
     @property
+    def info_batch(self) -> global___InfoBatch: ...
+    @property
+    def kakurenbo(self) -> global___Kakurenbo: ...
+    @property
+    def ordered_sgd(self) -> global___OrderedSGD: ...
+    @property
+    def ucb(self) -> global___UCB: ...
+    @property
+    def selective_backprop(self) -> global___SelectiveBackprop: ...
+    @property
+    def custom(self) -> global___CustomPolicy: ...
+    @property
     def shard_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Samples of each shard of the dataset, in the order of sample ids; at most 100,000 shards of n samples in all. Shards
         are then permuted, and samples shuffled in blocks of whole shards. Unset: one shuffle over all samples.
         """
+
+    @property
+    def mixture(self) -> global___Mixture:
+        """Each group's share of what an epoch keeps; needs a policy that prunes. Unset: as the policy has it."""
 
     def __init__(
         self,
@@ -235,20 +534,68 @@ class ExperimentSpec(google.protobuf.message.Message):
         evolved_sampling: global___EvolvedSampling | None = ...,
         uniform: global___Uniform | None = ...,
         random_subset: global___RandomSubset | None = ...,
+        info_batch: global___InfoBatch | None = ...,
+        kakurenbo: global___Kakurenbo | None = ...,
+        ordered_sgd: global___OrderedSGD | None = ...,
+        ucb: global___UCB | None = ...,
+        selective_backprop: global___SelectiveBackprop | None = ...,
+        custom: global___CustomPolicy | None = ...,
         importance_weight: global___ImportanceWeight.ValueType = ...,
         seed: builtins.int = ...,
         warm_start: builtins.bool = ...,
         shard_sizes: collections.abc.Iterable[builtins.int] | None = ...,
         shuffle_block_samples: builtins.int = ...,
+        max_skipped_epochs: builtins.int = ...,
+        loss_clip_quantile: builtins.float | None = ...,
+        num_groups: builtins.int = ...,
+        group_floor: builtins.float = ...,
+        mixture: global___Mixture | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "mini_batch_size", b"mini_batch_size", "policy", b"policy", "random_subset", b"random_subset", "uniform", b"uniform"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mini_batch_size", b"_mini_batch_size", "evolved_sampling", b"evolved_sampling", "importance_weight", b"importance_weight", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "num_epochs", b"num_epochs", "num_samples", b"num_samples", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "shard_sizes", b"shard_sizes", "shuffle_block_samples", b"shuffle_block_samples", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "selective_backprop", b"selective_backprop", "ucb", b"ucb", "uniform", b"uniform"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "group_floor", b"group_floor", "importance_weight", b"importance_weight", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "max_skipped_epochs", b"max_skipped_epochs", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "num_epochs", b"num_epochs", "num_groups", b"num_groups", "num_samples", b"num_samples", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "selective_backprop", b"selective_backprop", "shard_sizes", b"shard_sizes", "shuffle_block_samples", b"shuffle_block_samples", "ucb", b"ucb", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile"]) -> typing.Literal["loss_clip_quantile"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mini_batch_size", b"_mini_batch_size"]) -> typing.Literal["mini_batch_size"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["policy", b"policy"]) -> typing.Literal["evolved_sampling", "uniform", "random_subset"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["policy", b"policy"]) -> typing.Literal["evolved_sampling", "uniform", "random_subset", "info_batch", "kakurenbo", "ordered_sgd", "ucb", "selective_backprop", "custom"] | None: ...
 
 global___ExperimentSpec = ExperimentSpec
+
+@typing.final
+class Mixture(google.protobuf.message.Message):
+    """Shares of groups in what an epoch keeps. A group gets no more than it has; the others share what is left."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    STEP_SIZE_FIELD_NUMBER: builtins.int
+    SMOOTHING_FIELD_NUMBER: builtins.int
+    step_size: builtins.float
+    """Learned, as DoReMi (arXiv 2305.10429) does: after each epoch every weight is multiplied by exp(step_size * excess),
+    the group's mean of max(loss - reference loss, 0), and all are scaled to a sum of 1. Unset: fixed.
+    """
+    smoothing: builtins.float
+    """Share of the learned weights that is spread evenly, in [0, 1]. Unset: 0.001."""
+    @property
+    def weights(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """For each group, positive; scaled to a sum of 1. Empty: the groups' shares in the dataset."""
+
+    def __init__(
+        self,
+        *,
+        weights: collections.abc.Iterable[builtins.float] | None = ...,
+        step_size: builtins.float | None = ...,
+        smoothing: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_smoothing", b"_smoothing", "_step_size", b"_step_size", "smoothing", b"smoothing", "step_size", b"step_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_smoothing", b"_smoothing", "_step_size", b"_step_size", "smoothing", b"smoothing", "step_size", b"step_size", "weights", b"weights"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_smoothing", b"_smoothing"]) -> typing.Literal["smoothing"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_step_size", b"_step_size"]) -> typing.Literal["step_size"] | None: ...
+
+global___Mixture = Mixture
 
 @typing.final
 class Position(google.protobuf.message.Message):
@@ -305,6 +652,9 @@ class Experiment(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     RETAINED_EPOCHS_FIELD_NUMBER: builtins.int
     PINS_FIELD_NUMBER: builtins.int
+    NUM_STEPS_FIELD_NUMBER: builtins.int
+    TRAINED_ROWS_FIELD_NUMBER: builtins.int
+    EXTENDED_NUM_SAMPLES_FIELD_NUMBER: builtins.int
     state: global___ExperimentState.ValueType
     epoch: builtins.int
     """The current epoch; num_epochs once FINISHED."""
@@ -318,6 +668,12 @@ class Experiment(google.protobuf.message.Message):
     """Over all folded epochs: rows whose reported loss was not finite. They count as not visited."""
     unreported_rows: builtins.int
     """Over all folded epochs: rows for which no loss was reported."""
+    num_steps: builtins.int
+    """Steps of the current epoch; 0 once FINISHED, and while it is not planned."""
+    trained_rows: builtins.int
+    """Over all folded epochs: rows that were back-propagated, by their plans."""
+    extended_num_samples: builtins.int
+    """What ExtendDataset has said last, beyond spec.num_samples until the next epoch is planned. Unset: nothing was added."""
     @property
     def ref(self) -> global___ExperimentRef:
         """Project, name and uid, all set."""
@@ -356,9 +712,12 @@ class Experiment(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         retained_epochs: collections.abc.Iterable[builtins.int] | None = ...,
         pins: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        num_steps: builtins.int = ...,
+        trained_rows: builtins.int = ...,
+        extended_num_samples: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "ref", b"ref", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "epoch", b"epoch", "finished_ranks", b"finished_ranks", "generation", b"generation", "non_finite_rows", b"non_finite_rows", "pins", b"pins", "ref", b"ref", "retained_epochs", b"retained_epochs", "spec", b"spec", "state", b"state", "unreported_rows", b"unreported_rows", "visited_rows", b"visited_rows", "world_size", b"world_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "epoch", b"epoch", "extended_num_samples", b"extended_num_samples", "finished_ranks", b"finished_ranks", "generation", b"generation", "non_finite_rows", b"non_finite_rows", "num_steps", b"num_steps", "pins", b"pins", "ref", b"ref", "retained_epochs", b"retained_epochs", "spec", b"spec", "state", b"state", "trained_rows", b"trained_rows", "unreported_rows", b"unreported_rows", "visited_rows", b"visited_rows", "world_size", b"world_size"]) -> None: ...
 
 global___Experiment = Experiment
 
@@ -444,7 +803,7 @@ class ListExperimentsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     project: builtins.str
-    """Unset: "default"."""
+    """As in ExperimentRef."""
     page_size: builtins.int
     """At most 1,000. Unset: 100."""
     page_token: builtins.str
@@ -727,14 +1086,17 @@ class EpochStart(google.protobuf.message.Message):
     TABLE_CHECKSUM_FIELD_NUMBER: builtins.int
     NEW_ROWS_FIELD_NUMBER: builtins.int
     SKIPPED_RANKS_FIELD_NUMBER: builtins.int
+    SELECTING_INTERVAL_FIELD_NUMBER: builtins.int
+    NUM_HIDDEN_STEPS_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FACTOR_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Names this plan of the epoch in reports."""
     num_steps: builtins.int
     step_rows: builtins.int
     """Rows that a step visits."""
     trained_rows: builtins.int
-    """Rows of a step that are back-propagated. Fewer than step_rows: each step draws them from the losses of a scoring
-    pass. Equal: all are trained on, with one ordinary forward and backward pass.
+    """Rows of a selecting step that are back-propagated. Fewer than step_rows: it draws them from the losses of a scoring
+    pass. Equal: all are trained on, with one ordinary forward and backward pass, as in steps that do not select.
     """
     table_checksum: builtins.int
     """CRC-32 (as zlib's) of the whole table: its columns as bytes, sample ids first. If the store has lost the plan of an
@@ -742,6 +1104,12 @@ class EpochStart(google.protobuf.message.Message):
     """
     new_rows: builtins.int
     """Rows of this epoch whose samples the epoch before had left out. Unset where there was none before."""
+    selecting_interval: builtins.int
+    """Every how many steps one selects, beginning with step 0: from 1."""
+    num_hidden_steps: builtins.int
+    """The last of the num_steps, whose rows are scored and reported, but not trained on."""
+    learning_rate_factor: builtins.float
+    """What the policy says that the learning rate is to be multiplied by in this epoch."""
     @property
     def skipped_ranks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ranks without which the epoch before has ended, by its straggler time-out or ForceFinishEpoch: the first 100,
@@ -758,9 +1126,12 @@ class EpochStart(google.protobuf.message.Message):
         table_checksum: builtins.int = ...,
         new_rows: builtins.int | None = ...,
         skipped_ranks: collections.abc.Iterable[builtins.int] | None = ...,
+        selecting_interval: builtins.int = ...,
+        num_hidden_steps: builtins.int = ...,
+        learning_rate_factor: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_new_rows", b"_new_rows", "new_rows", b"new_rows"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_new_rows", b"_new_rows", "new_rows", b"new_rows", "num_steps", b"num_steps", "plan_id", b"plan_id", "skipped_ranks", b"skipped_ranks", "step_rows", b"step_rows", "table_checksum", b"table_checksum", "trained_rows", b"trained_rows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_new_rows", b"_new_rows", "learning_rate_factor", b"learning_rate_factor", "new_rows", b"new_rows", "num_hidden_steps", b"num_hidden_steps", "num_steps", b"num_steps", "plan_id", b"plan_id", "selecting_interval", b"selecting_interval", "skipped_ranks", b"skipped_ranks", "step_rows", b"step_rows", "table_checksum", b"table_checksum", "trained_rows", b"trained_rows"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_new_rows", b"_new_rows"]) -> typing.Literal["new_rows"] | None: ...
 
 global___EpochStart = EpochStart
@@ -783,7 +1154,7 @@ class EpochRows(google.protobuf.message.Message):
     prior_scores: builtins.bytes
     """float32 a row: the sample's score at the epoch's start."""
     importance_weights: builtins.bytes
-    """float32 a row: the set level's importance weight. Empty if the experiment's importance_weight is NONE."""
+    """float32 a row: the set level's importance weight. Empty if all are 1."""
     def __init__(
         self,
         *,
@@ -801,19 +1172,47 @@ global___EpochRows = EpochRows
 class ReportLossesRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ColumnsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     MEMBER_FIELD_NUMBER: builtins.int
     PLAN_ID_FIELD_NUMBER: builtins.int
     FIRST_STEP_FIELD_NUMBER: builtins.int
     NUM_STEPS_FIELD_NUMBER: builtins.int
     LOSSES_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    CHOSEN_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Of the EpochStart that the steps belong to."""
     first_step: builtins.int
     num_steps: builtins.int
     losses: builtins.bytes
     """float32 a row of the part, step by step; >= 0. Non-finite ones are recorded as not visited, and counted."""
+    chosen: builtins.bytes
+    """A bit a row, the first in the lowest bit of a byte: whether it was chosen for back-propagation. Each step begins
+    with a new byte. Unset: not known.
+    """
     @property
     def member(self) -> global___Member: ...
+    @property
+    def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """float32 a row each: the columns that the policy needs besides, by name. A row in which one is not finite counts as
+        not visited.
+        """
+
     def __init__(
         self,
         *,
@@ -822,9 +1221,11 @@ class ReportLossesRequest(google.protobuf.message.Message):
         first_step: builtins.int = ...,
         num_steps: builtins.int = ...,
         losses: builtins.bytes = ...,
+        columns: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+        chosen: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["member", b"member"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_step", b"first_step", "losses", b"losses", "member", b"member", "num_steps", b"num_steps", "plan_id", b"plan_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chosen", b"chosen", "columns", b"columns", "first_step", b"first_step", "losses", b"losses", "member", b"member", "num_steps", b"num_steps", "plan_id", b"plan_id"]) -> None: ...
 
 global___ReportLossesRequest = ReportLossesRequest
 
@@ -848,10 +1249,27 @@ global___ReportLossesResponse = ReportLossesResponse
 class SelectMiniBatchRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ColumnsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     MEMBER_FIELD_NUMBER: builtins.int
     PLAN_ID_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     LOSSES_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
     plan_id: builtins.str
     """Of the EpochStart that the step belongs to."""
     step: builtins.int
@@ -859,6 +1277,10 @@ class SelectMiniBatchRequest(google.protobuf.message.Message):
     """float32 a row of the part; >= 0. Non-finite ones are chosen only to fill up."""
     @property
     def member(self) -> global___Member: ...
+    @property
+    def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """As in ReportLossesRequest."""
+
     def __init__(
         self,
         *,
@@ -866,9 +1288,10 @@ class SelectMiniBatchRequest(google.protobuf.message.Message):
         plan_id: builtins.str = ...,
         step: builtins.int = ...,
         losses: builtins.bytes = ...,
+        columns: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["member", b"member"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["losses", b"losses", "member", b"member", "plan_id", b"plan_id", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns", b"columns", "losses", b"losses", "member", b"member", "plan_id", b"plan_id", "step", b"step"]) -> None: ...
 
 global___SelectMiniBatchRequest = SelectMiniBatchRequest
 
@@ -880,7 +1303,7 @@ class SelectMiniBatchResponse(google.protobuf.message.Message):
     IMPORTANCE_WEIGHTS_FIELD_NUMBER: builtins.int
     NON_FINITE_LOSSES_FIELD_NUMBER: builtins.int
     positions: builtins.bytes
-    """uint32 a chosen row: its position in the part, ascending."""
+    """uint32 a chosen row: its position in the part, ascending. Drawn with replacement, a row may come several times."""
     importance_weights: builtins.bytes
     """float32 a chosen row: multiply its loss by it."""
     non_finite_losses: builtins.int
@@ -1059,12 +1482,29 @@ class ImportScoresRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ColumnsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     REF_FIELD_NUMBER: builtins.int
     FIRST_SAMPLE_FIELD_NUMBER: builtins.int
     SCORES_FIELD_NUMBER: builtins.int
     SAMPLING_WEIGHTS_FIELD_NUMBER: builtins.int
     NUM_VISITS_FIELD_NUMBER: builtins.int
     NUM_SAMPLES_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
     first_sample: builtins.int
     """The sample that the columns of this message begin with."""
     scores: builtins.bytes
@@ -1079,6 +1519,10 @@ class ImportScoresRequest(google.protobuf.message.Message):
     def ref(self) -> global___ExperimentRef:
         """In the first message only."""
 
+    @property
+    def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """float32 a sample each, finite: what the policy keeps besides, by name. What is not here starts as it does without."""
+
     def __init__(
         self,
         *,
@@ -1088,9 +1532,10 @@ class ImportScoresRequest(google.protobuf.message.Message):
         sampling_weights: builtins.bytes = ...,
         num_visits: builtins.bytes = ...,
         num_samples: builtins.int = ...,
+        columns: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["first_sample", b"first_sample", "num_samples", b"num_samples", "num_visits", b"num_visits", "ref", b"ref", "sampling_weights", b"sampling_weights", "scores", b"scores"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns", b"columns", "first_sample", b"first_sample", "num_samples", b"num_samples", "num_visits", b"num_visits", "ref", b"ref", "sampling_weights", b"sampling_weights", "scores", b"scores"]) -> None: ...
 
 global___ImportScoresRequest = ImportScoresRequest
 
@@ -1103,6 +1548,94 @@ class ImportScoresResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___ImportScoresResponse = ImportScoresResponse
+
+@typing.final
+class SetGroupsRequest(google.protobuf.message.Message):
+    """Consecutive samples; the messages together bring all samples, from 0 on and in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    FIRST_SAMPLE_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    REFERENCE_LOSSES_FIELD_NUMBER: builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: builtins.int
+    first_sample: builtins.int
+    """The sample that the columns of this message begin with."""
+    groups: builtins.bytes
+    """uint16 a sample: below num_groups."""
+    reference_losses: builtins.bytes
+    """float32 a sample, finite: a reference model's losses. Required where the mixture is learned; else empty."""
+    num_samples: builtins.int
+    """In the first message only: samples that follow in all. INVALID_ARGUMENT unless the experiment has as many, those that
+    were added included.
+    """
+    @property
+    def ref(self) -> global___ExperimentRef:
+        """In the first message only."""
+
+    def __init__(
+        self,
+        *,
+        ref: global___ExperimentRef | None = ...,
+        first_sample: builtins.int = ...,
+        groups: builtins.bytes = ...,
+        reference_losses: builtins.bytes = ...,
+        num_samples: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["first_sample", b"first_sample", "groups", b"groups", "num_samples", b"num_samples", "ref", b"ref", "reference_losses", b"reference_losses"]) -> None: ...
+
+global___SetGroupsRequest = SetGroupsRequest
+
+@typing.final
+class SetGroupsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SetGroupsResponse = SetGroupsResponse
+
+@typing.final
+class ExtendDatasetRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: builtins.int
+    SHARD_SIZES_FIELD_NUMBER: builtins.int
+    num_samples: builtins.int
+    """In all; the new ones have the ids that follow. INVALID_ARGUMENT if it is less than was said before. At most 2^32 unless
+    there were more at creation.
+    """
+    @property
+    def ref(self) -> global___ExperimentRef: ...
+    @property
+    def shard_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Samples of each shard that is added, where the experiment has shards."""
+
+    def __init__(
+        self,
+        *,
+        ref: global___ExperimentRef | None = ...,
+        num_samples: builtins.int = ...,
+        shard_sizes: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["num_samples", b"num_samples", "ref", b"ref", "shard_sizes", b"shard_sizes"]) -> None: ...
+
+global___ExtendDatasetRequest = ExtendDatasetRequest
+
+@typing.final
+class ExtendDatasetResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ExtendDatasetResponse = ExtendDatasetResponse
 
 @typing.final
 class ExportScoresRequest(google.protobuf.message.Message):
@@ -1134,11 +1667,32 @@ class ExportScoresResponse(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ColumnsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     EPOCH_FIELD_NUMBER: builtins.int
     FIRST_SAMPLE_FIELD_NUMBER: builtins.int
     SCORES_FIELD_NUMBER: builtins.int
     SAMPLING_WEIGHTS_FIELD_NUMBER: builtins.int
     NUM_VISITS_FIELD_NUMBER: builtins.int
+    STALENESS_FIELD_NUMBER: builtins.int
+    NUM_CHOSEN_FIELD_NUMBER: builtins.int
+    CHOSEN_STALENESS_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     first_sample: builtins.int
     scores: builtins.bytes
@@ -1147,6 +1701,18 @@ class ExportScoresResponse(google.protobuf.message.Message):
     """float32 a sample."""
     num_visits: builtins.bytes
     """uint32 a sample: finite losses so far."""
+    staleness: builtins.bytes
+    """uint8 a sample: epochs that have ended since its last finite loss (or the start), at most 255."""
+    num_chosen: builtins.bytes
+    """uint16 a sample: how many times it was chosen for back-propagation, at most 65,535."""
+    chosen_staleness: builtins.bytes
+    """uint8 a sample: epochs that have ended since it was last chosen (or the start), at most 255."""
+    groups: builtins.bytes
+    """uint16 a sample: its group as it is now. Empty without groups."""
+    @property
+    def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """float32 a sample each: what the policy keeps besides, by name."""
+
     def __init__(
         self,
         *,
@@ -1155,8 +1721,13 @@ class ExportScoresResponse(google.protobuf.message.Message):
         scores: builtins.bytes = ...,
         sampling_weights: builtins.bytes = ...,
         num_visits: builtins.bytes = ...,
+        staleness: builtins.bytes = ...,
+        num_chosen: builtins.bytes = ...,
+        chosen_staleness: builtins.bytes = ...,
+        columns: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
+        groups: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "first_sample", b"first_sample", "num_visits", b"num_visits", "sampling_weights", b"sampling_weights", "scores", b"scores"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chosen_staleness", b"chosen_staleness", "columns", b"columns", "epoch", b"epoch", "first_sample", b"first_sample", "groups", b"groups", "num_chosen", b"num_chosen", "num_visits", b"num_visits", "sampling_weights", b"sampling_weights", "scores", b"scores", "staleness", b"staleness"]) -> None: ...
 
 global___ExportScoresResponse = ExportScoresResponse
 
@@ -1165,15 +1736,27 @@ class WatchExperimentRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
+    INTERVAL_MS_FIELD_NUMBER: builtins.int
+    FIRST_EPOCH_FIELD_NUMBER: builtins.int
+    ONCE_FIELD_NUMBER: builtins.int
+    interval_ms: builtins.int
+    """Time between two responses, from 100 to 60,000. Unset: 1,000."""
+    first_epoch: builtins.int
+    """The first epoch whose summary is wanted. Unset: 0."""
+    once: builtins.bool
+    """End after one response."""
     @property
     def ref(self) -> global___ExperimentRef: ...
     def __init__(
         self,
         *,
         ref: global___ExperimentRef | None = ...,
+        interval_ms: builtins.int = ...,
+        first_epoch: builtins.int = ...,
+        once: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ref", b"ref"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ref", b"ref"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_epoch", b"first_epoch", "interval_ms", b"interval_ms", "once", b"once", "ref", b"ref"]) -> None: ...
 
 global___WatchExperimentRequest = WatchExperimentRequest
 
@@ -1182,14 +1765,198 @@ class WatchExperimentResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EXPERIMENT_FIELD_NUMBER: builtins.int
+    RANKS_FIELD_NUMBER: builtins.int
+    EPOCHS_FIELD_NUMBER: builtins.int
     @property
     def experiment(self) -> global___Experiment: ...
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RankProgress]:
+        """Ranks of the latest run that have reported something, ascending."""
+
+    @property
+    def epochs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EpochSummary]:
+        """Of epochs that have ended and of which this stream has not told yet, ascending. The latest 1,000 are kept. After a run
+        has gone back, those of the epochs that it goes through again come again.
+        """
+
     def __init__(
         self,
         *,
         experiment: global___Experiment | None = ...,
+        ranks: collections.abc.Iterable[global___RankProgress] | None = ...,
+        epochs: collections.abc.Iterable[global___EpochSummary] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["experiment", b"experiment"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["experiment", b"experiment"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epochs", b"epochs", "experiment", b"experiment", "ranks", b"ranks"]) -> None: ...
 
 global___WatchExperimentResponse = WatchExperimentResponse
+
+@typing.final
+class RankProgress(google.protobuf.message.Message):
+    """How far a rank is, by what it has reported. Resending what was reported before doesn't set it back."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    AGE_MS_FIELD_NUMBER: builtins.int
+    MEAN_LOSS_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    epoch: builtins.int
+    """Of its latest report."""
+    step: builtins.int
+    """Steps of that epoch up to the last one that it has reported."""
+    age_ms: builtins.int
+    """Since its latest report, by the store's clock."""
+    mean_loss: builtins.float
+    """Mean of the finite losses in that report. Unset if there was none."""
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        epoch: builtins.int = ...,
+        step: builtins.int = ...,
+        age_ms: builtins.int = ...,
+        mean_loss: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "age_ms", b"age_ms", "epoch", b"epoch", "mean_loss", b"mean_loss", "rank", b"rank", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+
+global___RankProgress = RankProgress
+
+@typing.final
+class EpochSummary(google.protobuf.message.Message):
+    """What an epoch has come to, when its losses were in the scores."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    NUM_ROWS_FIELD_NUMBER: builtins.int
+    NUM_TRAINED_FIELD_NUMBER: builtins.int
+    VISITED_ROWS_FIELD_NUMBER: builtins.int
+    NON_FINITE_ROWS_FIELD_NUMBER: builtins.int
+    UNREPORTED_ROWS_FIELD_NUMBER: builtins.int
+    MEAN_LOSS_FIELD_NUMBER: builtins.int
+    MEAN_SCORE_FIELD_NUMBER: builtins.int
+    SCORE_HISTOGRAM_FIELD_NUMBER: builtins.int
+    NUM_NEVER_VISITED_FIELD_NUMBER: builtins.int
+    STALENESS_HISTOGRAM_FIELD_NUMBER: builtins.int
+    HARDEST_IDS_FIELD_NUMBER: builtins.int
+    HARDEST_SCORES_FIELD_NUMBER: builtins.int
+    TOTAL_TRAINED_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    num_rows: builtins.int
+    """Samples that it visited: those it kept, cut to whole steps."""
+    num_trained: builtins.int
+    """Rows of these that were back-propagated."""
+    visited_rows: builtins.int
+    """Rows by what became of them: a finite loss, a loss that is not finite, none."""
+    non_finite_rows: builtins.int
+    unreported_rows: builtins.int
+    mean_loss: builtins.float
+    """Of the finite losses. Unset if there is none."""
+    mean_score: builtins.float
+    """Over all samples."""
+    num_never_visited: builtins.int
+    """Samples that have had no finite loss so far."""
+    total_trained: builtins.int
+    """Rows that were back-propagated in this and all earlier epochs."""
+    @property
+    def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was folded."""
+
+    @property
+    def score_histogram(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Samples by score, in 60 bins of half an octave: bin 2 * k is [2^(k - 20), 1.5 * 2^(k - 20)), bin 2 * k + 1 goes on to
+        2^(k - 19). The first has what lies below, too, and the last what lies above.
+        """
+
+    @property
+    def staleness_histogram(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Samples by the number of epochs that have ended since their last finite loss: 0 (they had one in this epoch), 1, 2
+        and so on to 15, and 16 or more.
+        """
+
+    @property
+    def hardest_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The 20 samples of the highest scores, descending, or all if there are fewer."""
+
+    @property
+    def hardest_scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupSummary]:
+        """By their ids."""
+
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        num_rows: builtins.int = ...,
+        num_trained: builtins.int = ...,
+        visited_rows: builtins.int = ...,
+        non_finite_rows: builtins.int = ...,
+        unreported_rows: builtins.int = ...,
+        mean_loss: builtins.float | None = ...,
+        mean_score: builtins.float = ...,
+        score_histogram: collections.abc.Iterable[builtins.int] | None = ...,
+        num_never_visited: builtins.int = ...,
+        staleness_histogram: collections.abc.Iterable[builtins.int] | None = ...,
+        hardest_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        hardest_scores: collections.abc.Iterable[builtins.float] | None = ...,
+        total_trained: builtins.int = ...,
+        groups: collections.abc.Iterable[global___GroupSummary] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "end_time", b"end_time", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "end_time", b"end_time", "epoch", b"epoch", "groups", b"groups", "hardest_ids", b"hardest_ids", "hardest_scores", b"hardest_scores", "mean_loss", b"mean_loss", "mean_score", b"mean_score", "non_finite_rows", b"non_finite_rows", "num_never_visited", b"num_never_visited", "num_rows", b"num_rows", "num_trained", b"num_trained", "score_histogram", b"score_histogram", "staleness_histogram", b"staleness_histogram", "total_trained", b"total_trained", "unreported_rows", b"unreported_rows", "visited_rows", b"visited_rows"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+
+global___EpochSummary = EpochSummary
+
+@typing.final
+class GroupSummary(google.protobuf.message.Message):
+    """What an epoch has come to for a group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_SAMPLES_FIELD_NUMBER: builtins.int
+    NUM_ROWS_FIELD_NUMBER: builtins.int
+    MEAN_LOSS_FIELD_NUMBER: builtins.int
+    EXCESS_LOSS_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    IS_CAPPED_FIELD_NUMBER: builtins.int
+    num_samples: builtins.int
+    num_rows: builtins.int
+    """Of these, what the epoch visited."""
+    mean_loss: builtins.float
+    """Of the finite losses. Unset if there is none."""
+    excess_loss: builtins.float
+    """Mean of max(loss - reference loss, 0). Unset if there is none, and without reference losses."""
+    weight: builtins.float
+    """Its share of what the epoch was to keep. Unset without a mixture."""
+    is_capped: builtins.bool
+    """That share is more than the group has."""
+    def __init__(
+        self,
+        *,
+        num_samples: builtins.int = ...,
+        num_rows: builtins.int = ...,
+        mean_loss: builtins.float | None = ...,
+        excess_loss: builtins.float | None = ...,
+        weight: builtins.float | None = ...,
+        is_capped: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_excess_loss", b"_excess_loss", "_mean_loss", b"_mean_loss", "_weight", b"_weight", "excess_loss", b"excess_loss", "mean_loss", b"mean_loss", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_excess_loss", b"_excess_loss", "_mean_loss", b"_mean_loss", "_weight", b"_weight", "excess_loss", b"excess_loss", "is_capped", b"is_capped", "mean_loss", b"mean_loss", "num_rows", b"num_rows", "num_samples", b"num_samples", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_excess_loss", b"_excess_loss"]) -> typing.Literal["excess_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
+
+global___GroupSummary = GroupSummary

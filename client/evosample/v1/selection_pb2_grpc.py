@@ -42,6 +42,7 @@ class SelectionServiceStub(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -114,6 +115,16 @@ class SelectionServiceStub(object):
                 request_serializer=evosample_dot_v1_dot_selection__pb2.ImportScoresRequest.SerializeToString,
                 response_deserializer=evosample_dot_v1_dot_selection__pb2.ImportScoresResponse.FromString,
                 _registered_method=True)
+        self.SetGroups = channel.stream_unary(
+                '/evosample.v1.SelectionService/SetGroups',
+                request_serializer=evosample_dot_v1_dot_selection__pb2.SetGroupsRequest.SerializeToString,
+                response_deserializer=evosample_dot_v1_dot_selection__pb2.SetGroupsResponse.FromString,
+                _registered_method=True)
+        self.ExtendDataset = channel.unary_unary(
+                '/evosample.v1.SelectionService/ExtendDataset',
+                request_serializer=evosample_dot_v1_dot_selection__pb2.ExtendDatasetRequest.SerializeToString,
+                response_deserializer=evosample_dot_v1_dot_selection__pb2.ExtendDatasetResponse.FromString,
+                _registered_method=True)
         self.ExportScores = channel.unary_stream(
                 '/evosample.v1.SelectionService/ExportScores',
                 request_serializer=evosample_dot_v1_dot_selection__pb2.ExportScoresRequest.SerializeToString,
@@ -143,6 +154,7 @@ class SelectionServiceServicer(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -252,6 +264,22 @@ class SelectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetGroups(self, request_iterator, context):
+        """Says which group each sample belongs to, in an experiment with groups. FAILED_PRECONDITION for JoinRun until then.
+        Called again it counts from the next epoch that is planned. Either all is taken or nothing. Safe to retry as a whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendDataset(self, request, context):
+        """Adds samples to an experiment's dataset: they count from the next epoch that is planned or, with groups, from the one
+        after SetGroups has said theirs. Idempotent: says how many there are in all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportScores(self, request, context):
         """The scores of all samples at an epoch's start, in the order of sample ids. Read-only.
         """
@@ -260,7 +288,8 @@ class SelectionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchExperiment(self, request, context):
-        """Live figures of an experiment. Not implemented yet: UNIMPLEMENTED.
+        """Live figures of an experiment, again and again until it has finished or the server ends the stream, after ten
+        minutes: then call again. Read-only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -329,6 +358,16 @@ def add_SelectionServiceServicer_to_server(servicer, server):
                     request_deserializer=evosample_dot_v1_dot_selection__pb2.ImportScoresRequest.FromString,
                     response_serializer=evosample_dot_v1_dot_selection__pb2.ImportScoresResponse.SerializeToString,
             ),
+            'SetGroups': grpc.stream_unary_rpc_method_handler(
+                    servicer.SetGroups,
+                    request_deserializer=evosample_dot_v1_dot_selection__pb2.SetGroupsRequest.FromString,
+                    response_serializer=evosample_dot_v1_dot_selection__pb2.SetGroupsResponse.SerializeToString,
+            ),
+            'ExtendDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendDataset,
+                    request_deserializer=evosample_dot_v1_dot_selection__pb2.ExtendDatasetRequest.FromString,
+                    response_serializer=evosample_dot_v1_dot_selection__pb2.ExtendDatasetResponse.SerializeToString,
+            ),
             'ExportScores': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportScores,
                     request_deserializer=evosample_dot_v1_dot_selection__pb2.ExportScoresRequest.FromString,
@@ -364,6 +403,7 @@ class SelectionService(object):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -684,6 +724,60 @@ class SelectionService(object):
             '/evosample.v1.SelectionService/ImportScores',
             evosample_dot_v1_dot_selection__pb2.ImportScoresRequest.SerializeToString,
             evosample_dot_v1_dot_selection__pb2.ImportScoresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGroups(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/evosample.v1.SelectionService/SetGroups',
+            evosample_dot_v1_dot_selection__pb2.SetGroupsRequest.SerializeToString,
+            evosample_dot_v1_dot_selection__pb2.SetGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/evosample.v1.SelectionService/ExtendDataset',
+            evosample_dot_v1_dot_selection__pb2.ExtendDatasetRequest.SerializeToString,
+            evosample_dot_v1_dot_selection__pb2.ExtendDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

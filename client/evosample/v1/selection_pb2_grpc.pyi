@@ -34,6 +34,7 @@ class SelectionServiceStub:
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -142,6 +143,22 @@ class SelectionServiceStub:
     them are imported or none. Safe to retry as a whole.
     """
 
+    SetGroups: grpc.StreamUnaryMultiCallable[
+        evosample.v1.selection_pb2.SetGroupsRequest,
+        evosample.v1.selection_pb2.SetGroupsResponse,
+    ]
+    """Says which group each sample belongs to, in an experiment with groups. FAILED_PRECONDITION for JoinRun until then.
+    Called again it counts from the next epoch that is planned. Either all is taken or nothing. Safe to retry as a whole.
+    """
+
+    ExtendDataset: grpc.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.ExtendDatasetRequest,
+        evosample.v1.selection_pb2.ExtendDatasetResponse,
+    ]
+    """Adds samples to an experiment's dataset: they count from the next epoch that is planned or, with groups, from the one
+    after SetGroups has said theirs. Idempotent: says how many there are in all.
+    """
+
     ExportScores: grpc.UnaryStreamMultiCallable[
         evosample.v1.selection_pb2.ExportScoresRequest,
         evosample.v1.selection_pb2.ExportScoresResponse,
@@ -152,7 +169,9 @@ class SelectionServiceStub:
         evosample.v1.selection_pb2.WatchExperimentRequest,
         evosample.v1.selection_pb2.WatchExperimentResponse,
     ]
-    """Live figures of an experiment. Not implemented yet: UNIMPLEMENTED."""
+    """Live figures of an experiment, again and again until it has finished or the server ends the stream, after ten
+    minutes: then call again. Read-only.
+    """
 
 class SelectionServiceAsyncStub:
     """Tells training jobs which samples to load and which of them to back-propagate, and learns from their losses.
@@ -171,6 +190,7 @@ class SelectionServiceAsyncStub:
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -278,6 +298,22 @@ class SelectionServiceAsyncStub:
     them are imported or none. Safe to retry as a whole.
     """
 
+    SetGroups: grpc.aio.StreamUnaryMultiCallable[
+        evosample.v1.selection_pb2.SetGroupsRequest,
+        evosample.v1.selection_pb2.SetGroupsResponse,
+    ]
+    """Says which group each sample belongs to, in an experiment with groups. FAILED_PRECONDITION for JoinRun until then.
+    Called again it counts from the next epoch that is planned. Either all is taken or nothing. Safe to retry as a whole.
+    """
+
+    ExtendDataset: grpc.aio.UnaryUnaryMultiCallable[
+        evosample.v1.selection_pb2.ExtendDatasetRequest,
+        evosample.v1.selection_pb2.ExtendDatasetResponse,
+    ]
+    """Adds samples to an experiment's dataset: they count from the next epoch that is planned or, with groups, from the one
+    after SetGroups has said theirs. Idempotent: says how many there are in all.
+    """
+
     ExportScores: grpc.aio.UnaryStreamMultiCallable[
         evosample.v1.selection_pb2.ExportScoresRequest,
         evosample.v1.selection_pb2.ExportScoresResponse,
@@ -288,7 +324,9 @@ class SelectionServiceAsyncStub:
         evosample.v1.selection_pb2.WatchExperimentRequest,
         evosample.v1.selection_pb2.WatchExperimentResponse,
     ]
-    """Live figures of an experiment. Not implemented yet: UNIMPLEMENTED."""
+    """Live figures of an experiment, again and again until it has finished or the server ends the stream, after ten
+    minutes: then call again. Read-only.
+    """
 
 class SelectionServiceServicer(metaclass=abc.ABCMeta):
     """Tells training jobs which samples to load and which of them to back-propagate, and learns from their losses.
@@ -307,6 +345,7 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
     description with the value and what is allowed); all others google.rpc.ErrorInfo with the domain "evosample". A call
     that fails with any code but UNAVAILABLE and DEADLINE_EXCEEDED has changed nothing. UNAVAILABLE means: retry with
     back-off, whatever the call; a request that was carried out although its answer got lost does no harm when repeated.
+    Who may call what: administration.proto.
 
     A store may lose its last acknowledged writes when it fails over. A rank notices by FAILED_PRECONDITION with the reason
     STORE_BEHIND, or EPOCH_CLOSED for an epoch that nobody has ended: it calls JoinRun with `rejoining_as`, and then sends
@@ -439,6 +478,26 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def SetGroups(
+        self,
+        request_iterator: _MaybeAsyncIterator[evosample.v1.selection_pb2.SetGroupsRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[evosample.v1.selection_pb2.SetGroupsResponse, collections.abc.Awaitable[evosample.v1.selection_pb2.SetGroupsResponse]]:
+        """Says which group each sample belongs to, in an experiment with groups. FAILED_PRECONDITION for JoinRun until then.
+        Called again it counts from the next epoch that is planned. Either all is taken or nothing. Safe to retry as a whole.
+        """
+
+    @abc.abstractmethod
+    def ExtendDataset(
+        self,
+        request: evosample.v1.selection_pb2.ExtendDatasetRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[evosample.v1.selection_pb2.ExtendDatasetResponse, collections.abc.Awaitable[evosample.v1.selection_pb2.ExtendDatasetResponse]]:
+        """Adds samples to an experiment's dataset: they count from the next epoch that is planned or, with groups, from the one
+        after SetGroups has said theirs. Idempotent: says how many there are in all.
+        """
+
+    @abc.abstractmethod
     def ExportScores(
         self,
         request: evosample.v1.selection_pb2.ExportScoresRequest,
@@ -452,6 +511,8 @@ class SelectionServiceServicer(metaclass=abc.ABCMeta):
         request: evosample.v1.selection_pb2.WatchExperimentRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[evosample.v1.selection_pb2.WatchExperimentResponse], collections.abc.AsyncIterator[evosample.v1.selection_pb2.WatchExperimentResponse]]:
-        """Live figures of an experiment. Not implemented yet: UNIMPLEMENTED."""
+        """Live figures of an experiment, again and again until it has finished or the server ends the stream, after ten
+        minutes: then call again. Read-only.
+        """
 
 def add_SelectionServiceServicer_to_server(servicer: SelectionServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from webdataset.cache import url_to_cache_name
 
-from evosample.errors import DataLossError, EvosampleError
+from evosample.errors import DataLossError, EvosampleError, UnavailableError
 from evosample.webdataset.index import Shards, is_local
 from evosample.webdataset.reading import Blobs, Part, Remote, damage, read_by_position
 
@@ -25,6 +25,8 @@ _log = logging.getLogger("evosample")
 _SHARD, _UNFINISHED = ".shard", ".part"
 _WAIT_S = 0.05
 _RETRY_S = 1.0
+_LOG_INTERVAL_S = 30.0
+_MAX_WAIT_S = 900.0
 
 
 class ShardCache:
@@ -87,8 +89,10 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _opened(self, shard: int) -> Iterator[int]:
+        patience = _Patience(f"room in {self._folder}, which unfinished downloads fill, for {self._shards.urls[shard]}")
         while (descriptor := self._open(shard, ())) is None:
             time.sleep(_WAIT_S)  # for the downloads of others, which take all the room: what they bring can be deleted
+            patience.check()
         try:
             yield descriptor
         finally:
@@ -99,7 +103,7 @@ class ShardCache:
         path = self.path(shard)
         if (descriptor := _open_used(path)) is not None:
             return descriptor
-        with _lock(path):
+        with self._download_lock(shard):
             if (descriptor := _open_used(path)) is not None:  # another process has brought it meanwhile
                 return descriptor
             unfinished = path.with_suffix(_UNFINISHED)
@@ -115,6 +119,24 @@ class ShardCache:
             finally:
                 unfinished.unlink(missing_ok=True)
             return descriptor
+
+    @contextlib.contextmanager
+    def _download_lock(self, shard: int) -> Iterator[None]:
+        """Held by the one process that brings a shard; others wait for it."""
+        lock = _lock(self.path(shard), timeout_s=_LOG_INTERVAL_S)
+        patience = _Patience(
+            f"another process to download {self._shards.urls[shard]}, the one that holds {lock.lock_file}"
+        )
+        while True:
+            try:
+                lock.acquire()
+                break
+            except Timeout:
+                patience.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _space(self) -> FileLock:
         """Held while files are counted, and while they change."""
@@ -151,6 +173,26 @@ class ShardCache:
         return files
 
 
+class _Patience:
+    """A bound for a wait, which says now and then what is waited for."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._began_s = self._logged_s = time.monotonic()
+
+    def check(self) -> None:
+        """Raises UnavailableError once it is over."""
+        now_s = time.monotonic()
+        waited_s = now_s - self._began_s
+        if waited_s > _MAX_WAIT_S:
+            raise UnavailableError(
+                f"waited for {waited_s:.0f} s for {self._what}. Is a job stuck, or cache_bytes too small for so many?"
+            )
+        if now_s - self._logged_s >= _LOG_INTERVAL_S:
+            self._logged_s = now_s
+            _log.warning("waiting since %.0f s for %s", waited_s, self._what)
+
+
 def _lock(path: Path, *, timeout_s: float = -1) -> FileLock:
     return FileLock(path.with_suffix(".lock"), timeout=timeout_s)
 
@@ -168,41 +210,40 @@ def _open_used(path: Path) -> int | None:
 class Prefetch:
     """Downloads shards in the background, in the order in which their samples will be needed.
 
-    The shards of samples that were announced are deleted for no others until a quarter more than `window` further
-    samples were announced: workers are still to load some of what has left the window.
+    The shards of samples that were announced are deleted for no others until a quarter more than `num_ahead` further
+    samples were announced: workers are still to load some of what has left that window.
     """
 
-    def __init__(self, cache: ShardCache, shards: Shards, window: int) -> None:
+    def __init__(self, cache: ShardCache, shards: Shards) -> None:
         self._cache = cache
         self._shards = shards
-        self._num_spared = window + window // 4
-        self._announced: queue.SimpleQueue[NDArray[np.int64] | None] = queue.SimpleQueue()
+        self._announced: queue.SimpleQueue[tuple[NDArray[np.int64], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="evosample-prefetch", daemon=True)
         self._thread.start()
 
-    def announce(self, sample_ids: NDArray[np.int64]) -> None:
+    def announce(self, sample_ids: NDArray[np.int64], num_ahead: int) -> None:
         """Say what will be needed, int64 [k] in this order, after all that was announced before."""
-        self._announced.put(sample_ids)
+        self._announced.put((sample_ids, num_ahead))
 
     def close(self) -> None:
         """End the thread, after the download that it is at."""
         self._announced.put(None)
 
     def _run(self) -> None:
-        num_announced = 0
+        num_announced = num_ahead = 0
         needed_until = np.full(len(self._shards.urls), -1)
         to_fetch: dict[int, None] = {}  # in this order
         has_room = True
         while True:
             wait_s = None if not to_fetch else 0.0 if has_room else _RETRY_S
-            try:
-                sample_ids = self._announced.get(timeout=wait_s)
-            except queue.Empty:
-                sample_ids = np.empty(0, np.int64)
-            if sample_ids is None:
-                return
+            sample_ids = np.empty(0, np.int64)
+            with contextlib.suppress(queue.Empty):
+                announced = self._announced.get(timeout=wait_s)
+                if announced is None:
+                    return
+                sample_ids, num_ahead = announced
             shards = self._shards.shards_of(sample_ids)
-            needed_until[shards] = num_announced + np.arange(len(shards)) + self._num_spared
+            needed_until[shards] = num_announced + np.arange(len(shards)) + num_ahead + num_ahead // 4
             num_announced += len(shards)
             to_fetch |= dict.fromkeys(shard for shard in shards.tolist() if not is_local(self._shards.urls[shard]))
             if not to_fetch:

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,17 +19,14 @@ from webdataset import FluidInterface, PipelineStage, filters
 
 from evosample.epoch import as_invalid_argument
 from evosample.errors import DataLossError, InvalidArgumentError, UsageError
-from evosample.sampling import check_int
+from evosample.sampling import check_int, check_seconds
 from evosample.webdataset.cache import Prefetch, ShardCache
-from evosample.webdataset.index import Shards, is_http, is_local, local_path
+from evosample.webdataset.index import RETRIES, Shards, is_http, is_local, local_path
 from evosample.webdataset.reading import Blobs, LocalFiles, Part, Ranges, Reader, Remote, Sample, damage
 from evosample.webdataset.tar import key_and_extension, members_of
 
 _log = logging.getLogger("evosample")
 
-_RETRIES = urllib3.Retry(
-    8, backoff_factor=0.2, backoff_max=20, backoff_jitter=0.2, status_forcelist=(429, 500, 502, 503, 504)
-)
 # What makes sense for streams alone: these order, count or batch samples.
 _STREAM_FILTERS = {
     getattr(filters, name).f: name for name in ("shuffle", "batched", "unbatched", "unlisted", "slice", "rsample")
@@ -53,6 +51,7 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         max_gap_bytes: samples of a batch at most so far apart in their shard are one request.
         num_connections: requests of a worker at a time.
         headers: sent with each request, such as {"Authorization": "Bearer ..."}.
+        timeout_s: how long a server may say nothing before a request counts as failed.
         retries: what of HTTP is tried again, and when. Default: connection errors, 429 and 5xx, 8 times, with
             back-off.
         on_error: what a damaged, changed or missing sample does, or one that a filter fails on: "raise" an error, or
@@ -60,7 +59,8 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
 
     Attributes:
         num_skipped: samples that were skipped in this process.
-        prefetch_samples: how far ahead `prefetch` is to be told what will be needed.
+        fingerprint: of the shards and their order: tells whether sample ids still stand for the same samples.
+        prefetch_samples: how far ahead `prefetch` is to be told what will be needed, in samples of all processes.
 
     Raises:
         InvalidArgumentError: the arguments don't fit the shards, or each other.
@@ -76,7 +76,8 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         max_gap_bytes: int = 0,
         num_connections: int = 8,
         headers: Mapping[str, str] | None = None,
-        retries: urllib3.Retry = _RETRIES,
+        timeout_s: float = 30.0,
+        retries: urllib3.Retry = RETRIES,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         if not isinstance(shards, Shards):
@@ -86,12 +87,14 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         with as_invalid_argument():
             check_int("max_gap_bytes", max_gap_bytes, 0, 2**63 - 1)
             check_int("num_connections", num_connections, 1, 10_000)
+            check_seconds("timeout_s", timeout_s)
         is_remote = np.array([not is_local(url) for url in shards.urls])
         if read == "cache":
             _check_cache(cache_dir, cache_bytes, int(shards.shard_bytes[is_remote].max(initial=0)))
         else:
             _check_ranges(shards, cache_dir, cache_bytes)
         self.shards = shards
+        self.fingerprint = f"shards-{zlib.crc32(shards.checksums.tobytes()):08x}"
         self.num_skipped = 0
         self.prefetch_samples = 0
         if read == "cache" and is_remote.any():
@@ -104,6 +107,7 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         self._max_gap_bytes = max_gap_bytes
         self._num_connections = num_connections
         self._headers = dict(headers or {})
+        self._timeout_s = timeout_s
         self._retries = retries
         self._on_error = on_error
         self._filters: list[Any] = []
@@ -143,7 +147,8 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
             DataLossError: a sample is damaged or missing: shard, offset and key (not with on_error="skip").
             UnavailableError: a server does not answer, after all retries.
             UnimplementedError: a server does not answer Range requests.
-            UsageError: a filter drops a sample, or makes several of one (not with on_error="skip").
+            UsageError: a filter makes several samples of one, or looks ahead; or it drops one (not with
+                on_error="skip").
         """
         parts = self._parts(np.asarray(sample_ids, np.int64))
         samples: list[Any] = [None] * len(sample_ids)
@@ -163,7 +168,7 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
         self.num_skipped += sum(sample is None for sample in samples)
         return samples
 
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
+    def prefetch(self, sample_ids: NDArray[np.int64], num_ahead: int) -> None:
         """Download whole shards in the background, in the order in which samples will be needed.
 
         Called in the main process, with each id once an epoch, as soon as it comes within `prefetch_samples` of what
@@ -171,20 +176,21 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
 
         Args:
             sample_ids: int64 [k].
+            num_ahead: how far ahead of what is trained on it is told, in samples of this process.
         """
         if not self.prefetch_samples:
             return
         if self._prefetch is None:
             cache = self._readers()[1]
             assert isinstance(cache, ShardCache)
-            self._prefetch = Prefetch(cache, self.shards, self.prefetch_samples)
+            self._prefetch = Prefetch(cache, self.shards)
             weakref.finalize(self, self._prefetch.close).atexit = False  # daemon threads end by themselves
-        self._prefetch.announce(np.asarray(sample_ids, np.int64))
+        self._prefetch.announce(np.asarray(sample_ids, np.int64), num_ahead)
 
     def _readers(self) -> tuple[Reader, Reader]:
         """Of local files, and of others: made anew in each process, for they hold files, connections and threads."""
         if self._opened is None or self._opened[0] != os.getpid():
-            remote = Remote(self._headers, self._retries, self._num_connections)
+            remote = Remote(self._headers, self._retries, self._num_connections, self._timeout_s)
             reader: Reader
             if self._cache_dir is not None:
                 assert self._cache_bytes is not None
@@ -232,18 +238,26 @@ class Dataset(torch.utils.data.Dataset[Any], FluidInterface):  # type: ignore[mi
                     yield samples[position]
 
         while position + 1 < len(samples):  # filters that have failed, or ended, begin again with the next sample
+            before = position
             stream: Iterator[Any] = feed()
             try:
                 for stage in self._filters:
                     stream = stage(stream)
                 for result in stream:
                     _put(results, position, result)
+            except UsageError:  # a filter that is wrong, rather than a sample
+                raise
             except Exception as error:
+                if position == before:
+                    error.add_note("A filter failed before it took a sample")
+                    raise
                 where = self.shards.locate(sample_ids[position])
                 if self._on_error == "raise":
                     error.add_note(f"A filter failed on sample {where.key!r} of {where.url}")
                     raise
                 self._skipping(f"a filter failed on sample {where.key!r} of {where.url}: {error!r}")
+            if position == before:
+                raise UsageError("a filter has ended without taking a sample: expected one that goes through all")
         for sample_id, sample, result in zip(sample_ids, samples, results, strict=True):
             if sample is not None and result is None and not self._has_warned:
                 where = self.shards.locate(sample_id)
@@ -280,7 +294,10 @@ def _as_dict(blob: bytes, origin: dict[str, str]) -> dict[str, Any]:
 
 def _put(results: list[Any], position: int, result: Any) -> None:
     if results[position] is not None:
-        raise UsageError("a filter has made several samples of one: expected one of each")
+        raise UsageError(
+            "a filter has made several samples of one, or takes samples ahead of those that it gives: expected one of "
+            "each, before the next is taken"
+        )
     results[position] = result
 
 

@@ -7,19 +7,28 @@ import shlex
 import tarfile
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
+import urllib3
 from numpy.typing import NDArray
+from urllib3.exceptions import HTTPError
 from webdataset import gopen
 from webdataset.cache import url_to_cache_name
 from webdataset.shardlists import expand_urls
 
-from evosample.errors import DataLossError, EvosampleError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from evosample.errors import (
+    DataLossError,
+    EvosampleError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from evosample.webdataset.tar import BLOCK_BYTES, key_and_extension
 
 Urls = str | Sequence[str | os.PathLike[str]]
@@ -44,11 +53,18 @@ class IndexedShard(NamedTuple):
     outcome: Literal["made", "kept", "mended"]
 
 
+RETRIES = urllib3.Retry(
+    8, backoff_factor=0.2, backoff_max=20, backoff_jitter=0.2, status_forcelist=(429, 500, 502, 503, 504)
+)
+"""What of HTTP is tried again, and when, unless something else is asked for."""
+
+
 def index_shards(
     urls: Urls,
     output_dir: str | os.PathLike[str] | None = None,
     *,
     force: bool = False,
+    headers: Mapping[str, str] | None = None,
     on_shard: Callable[[IndexedShard], None] = lambda _: None,
 ) -> list[IndexedShard]:
     """Write the index of each shard, in one pass over it; shards may come through pipes.
@@ -63,11 +79,13 @@ def index_shards(
         output_dir: where `<name of the shard>.idx.npy` goes; made if need be. Default: beside the shard.
         force: whether to make indexes anew that are there and fit. The index of a remote shard fits as long as it is
             undamaged: the shard is not looked at.
+        headers: sent to HTTP servers, such as {"Authorization": "Bearer ..."}.
         on_shard: called after each shard.
 
     Raises:
         InvalidArgumentError: no shards; a remote one without `output_dir`; two whose indexes would have one name.
         DataLossError: a shard is missing, truncated, damaged or compressed, holds no samples, or one twice.
+        UnavailableError: an HTTP server does not answer, or breaks off; begin again, what was indexed is kept.
     """
     indexed = []
     for url, path in _with_index_paths(urls, output_dir, "output_dir"):
@@ -82,7 +100,7 @@ def index_shards(
         if is_kept:
             outcome = "kept"
         else:
-            rows = _scanned(url)
+            rows = _scanned(url, headers or {})
             try:
                 _write(path, rows)
             except OSError as error:
@@ -251,6 +269,12 @@ def _with_index_paths(urls: Urls, index_dir: str | os.PathLike[str] | None, fiel
         raise InvalidArgumentError("urls: expected at least one shard", field="urls")
     by_path: dict[Path, str] = {}
     for url in shards:
+        if is_local(url) and "*" in url:
+            raise InvalidArgumentError(
+                f"{url}: braces are expanded, as in train-{{000..029}}.tar, but no *: let the shell do that, or pass "
+                "sorted(glob.glob(...))",
+                field="urls",
+            )
         if index_dir is not None:
             path = Path(index_dir) / f"{url_to_cache_name(url)}.idx.npy"
         elif is_local(url):
@@ -323,18 +347,32 @@ class _Tape:
         return is_zero
 
 
-def _scanned(url: str) -> NDArray[Any]:
+def _scanned(url: str, headers: Mapping[str, str]) -> NDArray[Any]:
     try:
-        stream = gopen(url)
-    except OSError as error:
-        raise DataLossError(f"{url} can't be read: {error}") from error
-    except ValueError as error:  # a scheme that it doesn't know
-        raise InvalidArgumentError(f"{url} can't be opened: {error}", field="urls") from error
-    try:
-        with stream:
+        with _opened(url, headers) as stream:
             return _index_of(_Tape(stream), url)
+    except EvosampleError:
+        raise
+    except ValueError as error:  # a scheme that gopen doesn't know
+        raise InvalidArgumentError(f"{url} can't be opened: {error}", field="urls") from error
+    except HTTPError as error:
+        raise UnavailableError(f"{url} can't be had: {error}. Begin again: indexes that are there are kept") from error
     except OSError as error:
         raise DataLossError(f"{url} can't be read: {error}") from error
+
+
+def _opened(url: str, headers: Mapping[str, str]) -> Any:
+    """A stream of all of a shard."""
+    if not is_http(url):
+        return gopen(url)
+    response = urllib3.request("GET", url, headers=headers, retries=RETRIES, preload_content=False)
+    if response.status != 200:
+        response.close()
+        raise (DataLossError if response.status == 404 else UnavailableError)(
+            f"{url} can't be read: the server answered {response.status}. Is the URL right, are `headers` "
+            "(--header of the command) what it wants?"
+        )
+    return response
 
 
 def _index_of(tape: _Tape, url: str) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,12 +123,15 @@ class Remote:
         headers: sent with every request, such as {"Authorization": ...}.
         retries: what is tried again, how often and after what time.
         num_connections: to one host.
+        timeout_s: how long a server may say nothing.
     """
 
-    def __init__(self, headers: Mapping[str, str], retries: urllib3.Retry, num_connections: int) -> None:
+    def __init__(
+        self, headers: Mapping[str, str], retries: urllib3.Retry, num_connections: int, timeout_s: float
+    ) -> None:
         self._headers = dict(headers)
         self._retries = retries
-        timeout = urllib3.Timeout(connect=10, read=60)
+        timeout = urllib3.Timeout(connect=min(timeout_s, 10), read=timeout_s)
         self._pool = urllib3.PoolManager(maxsize=num_connections, timeout=timeout)
 
     def range(self, url: str, first: int, stop: int, shard_bytes: int) -> bytes:
@@ -243,7 +247,12 @@ class Ranges:
     def read(self, parts: Sequence[Part]) -> list[Blobs]:
         """See `Reader`."""
         requested = [[(span, self._request(part.shard, span)) for span in self._spans(part)] for part in parts]
-        return [_blobs(answers) for answers in requested]
+        try:
+            return [_blobs(answers) for answers in requested]
+        except BaseException:  # what waits for its turn would keep the process from ending, retry by retry
+            for _, answer in itertools.chain(*requested):
+                answer.cancel()
+            raise
 
     def _spans(self, part: Part) -> list[list[Sample]]:
         spans: list[list[Sample]] = []

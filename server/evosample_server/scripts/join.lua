@@ -4,7 +4,8 @@
 --       run_id, rank, world_size, straggler_timeout_ms (0: none),
 --       position ('epoch step', never an epoch's end), whether it was given, target epoch and step (the same as it is seen
 --       from the head), generation and claim of who joins again ('' if nobody does), process_id ('' if none),
---       claim of the rank's latest process as the caller read it ('' if none)
+--       claim of the rank's latest process as the caller read it ('' if none),
+--       plan of the target epoch and the spec that it was made with ('' if samples were never added)
 -- Returns {'joined', generation, claim} or {what is wrong, ...}.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'epoch', 'state', 'plan_id', 'generation', 'run_id', 'world_size',
   'run_position', 'straggler_timeout_ms')
@@ -74,6 +75,12 @@ if tonumber(target_epoch) < tonumber(h[2]) then
   local plan_id = redis.call('HGET', KEYS[4], target_epoch)
   if not plan_id then
     return {'not_retained'}
+  end
+  if plan_id ~= ARGV[18] then
+    return {'changed'}
+  end
+  if ARGV[19] ~= '' then
+    redis.call('HSET', KEYS[1], 'spec', ARGV[19])
   end
   for _, epoch in ipairs(redis.call('HKEYS', KEYS[4])) do
     if tonumber(epoch) > tonumber(target_epoch) then
