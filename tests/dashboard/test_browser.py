@@ -168,6 +168,17 @@ def test_a_holder_of_all_projects_switches_between_them(
     expect(page.get_by_role("heading", name=name)).to_be_visible()
 
 
+def test_a_project_typed_before_the_page_has_found_its_server_is_gone_to(
+    dashboard: OpenDashboard, open_page: Callable[..., Page]
+) -> None:
+    page = open_page(dashboard.url)
+    page.route_web_socket("**", lambda _: None)  # it connects, and nothing ever comes
+    page.reload()
+    page.get_by_label("project").fill("blue & red")
+    page.get_by_label("project").press("Enter")
+    expect(page).to_have_url(f"{dashboard.url}/?project=blue%20%26%20red")
+
+
 def test_experiments_are_found_by_a_part_of_their_name(
     dashboard: OpenDashboard, open_page: Callable[..., Page], name: str
 ) -> None:

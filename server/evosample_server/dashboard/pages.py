@@ -168,8 +168,11 @@ class _Page(ABC):
         ui.link("evosample", self.visit.link("/"))
         ui.space()
         if self.visit.may_switch:
-            switch = ui.input("project", value=self.visit.project).props("dense dark standout").style("width: 8.5rem")
-            switch.on("keydown.enter", lambda: ui.navigate.to(f"/?project={quote(switch.value or '', safe='')}"))
+            # In the browser: what is typed before the page has found its server never reaches `value`.
+            go = "(event) => { window.location.href = '/?project=' + encodeURIComponent(event.target.value) }"
+            ui.input("project", value=self.visit.project).props("dense dark standout").style("width: 8.5rem").on(
+                "keydown.enter", js_handler=go
+            )
         else:
             ui.label(self.visit.project)
         is_dark, icon = _THEMES[self._theme]
