@@ -61,7 +61,7 @@ from evosample.wire import (
 
 _log = logging.getLogger("evosample")
 
-_SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint32}
+_SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint16}
 PRIVATE: dict[str, Any] = {"token": "", "tls": False}
 """What to `connect` to a private server with: it is reached by this user alone, and asks for nothing."""
 _IMPORT_ROWS = 40_000  # 12 bytes each, and 4 for each column of the policy: well under 1 MiB
@@ -75,7 +75,7 @@ class ExportedScores(NamedTuple):
         epoch: the epoch at whose start they stood; num_epochs after the last.
         scores: float32 [num_samples].
         sampling_weights: float32 [num_samples].
-        num_visits: uint32 [num_samples], finite losses so far: how many epochs have visited it.
+        num_visits: uint16 [num_samples], finite losses so far: how many epochs have visited it, at most 65,535.
         staleness: uint8 [num_samples], epochs that have ended since its last finite loss (or the start), at most 255.
         num_chosen: uint16 [num_samples], how many times it was chosen for back-propagation, at most 65,535.
         chosen_staleness: uint8 [num_samples], epochs that have ended since it was last chosen (or the start).
@@ -89,7 +89,7 @@ class ExportedScores(NamedTuple):
     epoch: int
     scores: NDArray[np.float32]
     sampling_weights: NDArray[np.float32]
-    num_visits: NDArray[np.uint32]
+    num_visits: NDArray[np.uint16]
     staleness: NDArray[np.uint8] | None = None
     num_chosen: NDArray[np.uint16] | None = None
     chosen_staleness: NDArray[np.uint8] | None = None
@@ -594,7 +594,7 @@ class Experiment:
 
         scores = whole((part.scores for part in parts), np.float32)
         weights = whole((part.sampling_weights for part in parts), np.float32)
-        num_visits = whole((part.num_visits for part in parts), np.uint32)
+        num_visits = whole((part.num_visits for part in parts), np.uint16)
         staleness = whole((part.staleness for part in parts), np.uint8)
         columns = {name: whole((part.columns[name] for part in parts), np.float32) for name in sorted(parts[0].columns)}
         losses = self.spec.policy.last_losses({"scores": scores, "sampling_weights": weights, **columns})
@@ -624,7 +624,7 @@ class Experiment:
         Args:
             scores: float32 [num_samples], s, finite and >= 0.
             sampling_weights: float32 [num_samples], w, finite and >= 0. Default: the scores.
-            num_visits: uint32 [num_samples], losses behind each score. Samples with 0 are visited before all others.
+            num_visits: uint16 [num_samples], losses behind each score. Samples with 0 are visited before all others.
                 Default: 1 each.
             columns: float32 [num_samples] each, what the policy keeps besides, by name, such as UCB's "variance".
                 Default: as without known scores.

@@ -286,8 +286,6 @@ class Epoch:
         self, batch: Batch, losses: Any, columns: Mapping[str, Any]
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         values = _as_floats("losses", losses, self.part_rows)
-        with as_invalid_argument():
-            check_losses(values)
         if columns.keys() != self.columns.keys():
             raise InvalidArgumentError(
                 f"columns: {', '.join(columns) or 'none'} given, but {type(self._run.spec.policy).__name__} needs "
@@ -296,6 +294,7 @@ class Epoch:
             )
         others = {name: _as_floats(name, column, self.part_rows) for name, column in columns.items()}
         with as_invalid_argument():
+            check_losses(values)
             self._run.spec.policy.check_reported(others)
         if batch.step != self.num_consumed:
             if batch.step < self.num_consumed:

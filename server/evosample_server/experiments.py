@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -58,7 +58,7 @@ _MAX_PAGE_SHARDS = 200_000  # up to 1 MiB of their sizes in a message
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
 _WATCH_S = 600.0
-_TARGET_MESSAGE_BYTES = 2**20
+_TARGET_MESSAGE_BYTES = 2**19  # larger ones do not stay in the processor's cache
 _EXPORT_BYTES = 960_000
 _MAX_EXTENDED_SAMPLES = 2**32  # beyond it ids would need more bytes, from one epoch to the next
 _MAX_PROJECT_EXPORTS = 10
@@ -308,7 +308,8 @@ class Experiments:
         async for first_sample, *received, own in columns:
             num_rows = len(received[0]) // 4
             _check_in_order("scores", first_sample, num_rows, done, n)
-            for field, values, data in zip(ScoreRows._fields[1:4], scores[:3], received, strict=True):
+            fixed: Sequence[NDArray[Any]] = scores[:3]
+            for field, values, data in zip(ScoreRows._fields[1:4], fixed, received, strict=True):
                 if data or field != "num_visits":
                     rows = check_column(field, data, num_rows, values.dtype)
                     if field != "num_visits":
@@ -812,7 +813,7 @@ class Experiments:
             if plan_id is None:
                 raise await self._not_retained(head, f"epoch {wanted}")
             head = dataclasses.replace(head, spec=await self._store.spec_of_plan(head, plan_id))
-            chunk = max(_EXPORT_BYTES // (18 + 4 * len(head.spec.policy.columns)), 1)
+            chunk = max(_EXPORT_BYTES // (16 + 4 * len(head.spec.policy.columns)), 1)
             for first in range(0, head.spec.num_samples, chunk):
                 count = min(chunk, head.spec.num_samples - first)
                 scores = await self._store.read_score_rows(head, plan_id, first, count)

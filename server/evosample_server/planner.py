@@ -26,12 +26,11 @@ from evosample.sampling import (
     Mixture,
     Policy,
     Scores,
-    Table,
-    count_new,
     extended_scores,
     fold_epoch,
     group_sizes,
     initial_scores,
+    mask_of,
     plan_epoch,
     summarize_epoch,
     summarize_groups,
@@ -166,7 +165,7 @@ class Planner:
         """Make the turn; False if another got there first."""
         store, spec = self._store, head.spec
         epoch, plan_id = head.epoch, head.plan_id
-        table_before: Table | None = None
+        was_there: NDArray[np.bool_] | None = None
         folded: EpochSummary | None = None
         next_spec = self.next_spec(head)
         groups, mixture = await self._read_groups(head, plan_id, next_spec.num_samples)
@@ -186,19 +185,21 @@ class Planner:
             else:
                 with self._phase("read"):
                     report = await store.read_report(head)
-                    prior = await store.read_scores(head, head.plan_id)
-                    table_before = await store.read_table(head, 0, len(report.losses))
+                    sample_ids = await store.read_sample_ids(head)
+                    scores = await store.read_scores(head, head.plan_id)
                     so_far = (await store.plan_info(head, head.plan_id)).row_counts
                 with self._phase("fold"), _blaming(spec.policy):
-                    scores, counts = await asyncio.to_thread(fold_epoch, spec, prior, table_before.sample_ids, report)
+                    counts = await asyncio.to_thread(fold_epoch, spec, scores, sample_ids, report)
                     by_group: tuple[GroupSummary, ...] = ()
                     if groups is not None:
-                        ids = table_before.sample_ids
+                        first_groups = groups.of_first(spec.num_samples)
                         by_group = await asyncio.to_thread(
-                            summarize_groups, spec, groups.of_first(spec.num_samples), mixture, ids, report.losses
+                            summarize_groups, spec, first_groups, mixture, sample_ids, report.losses
                         )
                     summarize = functools.partial(summarize_epoch, trained_before=so_far.trained_rows, groups=by_group)
                     folded = await asyncio.to_thread(summarize, epoch, head.shape, report.losses, counts, scores)
+                was_there = await asyncio.to_thread(mask_of, next_spec.num_samples, sample_ids)
+                del report, sample_ids  # of a large dataset they are large
                 if mixture is not None and spec.mixture is not None:
                     excess = np.array([group.excess_loss for group in by_group])
                     mixture = spec.mixture.next_weights(mixture, excess)
@@ -207,8 +208,6 @@ class Planner:
                 )
                 epoch += 1
             scores = await asyncio.to_thread(extended_scores, scores, next_spec.num_samples, spec.policy.columns)
-            if not await self._write_scores(head, plan_id, epoch, scores):
-                return False
         if groups is not None:
             groups = groups.of_first(next_spec.num_samples)
         return await self._plan(
@@ -220,7 +219,8 @@ class Planner:
             next_spec,
             groups,
             mixture,
-            table_before=table_before,
+            has_scores=is_replan,
+            was_there=was_there,
             folded=folded,
         )
 
@@ -251,13 +251,11 @@ class Planner:
 
     async def plan_first(self, head: Head, scores: Scores, *, is_imported: bool) -> bool:
         """Plan an experiment's first epoch anew, from these scores; False if its head has changed meanwhile."""
-        plan_id, spec = secrets.token_hex(8), self.next_spec(head)
+        spec = self.next_spec(head)
         scores = await asyncio.to_thread(extended_scores, scores, spec.num_samples, spec.policy.columns)
-        if not await self._write_scores(head, plan_id, head.epoch, scores):
-            return False
         groups, mixture = await self._read_groups(head, "", spec.num_samples)
         is_committed = await self._plan(
-            head, head.epoch, plan_id, scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
+            head, head.epoch, secrets.token_hex(8), scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
         )
         await self.announce(head.uid)
         return is_committed
@@ -279,23 +277,37 @@ class Planner:
         groups: Groups | None,
         mixture: NDArray[np.float64] | None,
         *,
-        table_before: Table | None = None,
+        has_scores: bool = False,
+        was_there: NDArray[np.bool_] | None = None,
         folded: EpochSummary | None = None,
         is_imported: bool = False,
     ) -> bool:
-        """Write the table of `epoch` beside its scores, and move the head to it; False if another got there first."""
+        """Write the scores and the table of `epoch`, and move the head to it; False if another got there first.
+
+        Args:
+            has_scores: whether the store has this plan's scores already.
+            was_there: bool [n], which samples the epoch before had; None: there was none.
+        """
         store = self._store
         is_last = epoch == spec.num_epochs
         crc = 0
-        new_rows = shape = None
-        if not is_last:
-            with self._phase("plan"), _blaming(spec.policy):
-                table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
-                crc = await asyncio.to_thread(table_checksum, *table)
-                if table_before is not None:
-                    new_rows = await asyncio.to_thread(
-                        count_new, spec.num_samples, table_before.sample_ids, table.sample_ids
-                    )
+        new_rows = shape = table = None
+        # The store takes the scores while the table is made.
+        writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
+        try:
+            if not is_last:
+                with self._phase("plan"), _blaming(spec.policy):
+                    table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
+                    crc = await asyncio.to_thread(table_checksum, *table)
+                    if was_there is not None:
+                        num_there = await asyncio.to_thread(lambda: int(np.count_nonzero(was_there[table.sample_ids])))
+                        new_rows = len(table.sample_ids) - num_there
+            if writing is not None and not await writing:
+                return False
+        finally:
+            if writing is not None:
+                writing.cancel()  # no effect on one that is done
+        if table is not None:
             with self._phase("write_table"):
                 if not await store.write_table(head, plan_id, table):
                     return False

@@ -258,12 +258,10 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
                 )
             )
         case EpochRows(first_step, Table(sample_ids, prior_scores, importance_weights)):
-            return pb.StreamEpochResponse(
-                rows=pb.EpochRows(
-                    first_step=first_step,
-                    num_steps=len(sample_ids),
-                    sample_ids=column_bytes(sample_ids),
-                    prior_scores=column_bytes(prior_scores),
-                    importance_weights=b"" if importance_weights is None else column_bytes(importance_weights),
-                )
-            )
+            response = pb.StreamEpochResponse()
+            rows = response.rows  # filled in place: a message given to a constructor is copied
+            rows.first_step, rows.num_steps = first_step, len(sample_ids)
+            rows.sample_ids, rows.prior_scores = column_bytes(sample_ids), column_bytes(prior_scores)
+            if importance_weights is not None:
+                rows.importance_weights = column_bytes(importance_weights)
+            return response

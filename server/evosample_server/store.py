@@ -89,7 +89,7 @@ _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
 _SCORE_COLUMNS: dict[str, DTypeLike] = {
     "score": np.float32,
     "sampling_weight": np.float32,
-    "num_visits": np.uint32,
+    "num_visits": np.uint16,
     "staleness": np.uint8,
     "num_chosen": np.uint16,
     "chosen_staleness": np.uint8,
@@ -655,7 +655,7 @@ class Store:
         """Write a plan's scores; False if the plan was collected meanwhile."""
         columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
         columns |= _policy_columns(scores.columns)
-        return await self._write_columns(head, plan_id, columns)
+        return await self._write_columns(head, plan_id, columns, is_read_soon=False)
 
     async def write_groups(self, head: Head, groups: Groups) -> None:
         """Make these the groups of an experiment, unless it is gone, or has grown or gone on by epochs meanwhile.
@@ -666,7 +666,7 @@ class Store:
         if not await self.register_plan(head, groups_id, head.epoch + 2):
             return
         columns = {column: values for column, values in zip(_GROUP_COLUMNS, groups, strict=True) if values is not None}
-        if not await self._write_columns(head, groups_id, columns):
+        if not await self._write_columns(head, groups_id, columns, is_read_soon=True):
             return
         args = [head.uid, groups_id, len(groups.ids), _digest(groups), _bytes_of(head.extended_spec)]
         if await self._run("set_groups", [head.keys.head, head.keys.plans, head.keys.doomed], args):
@@ -697,20 +697,25 @@ class Store:
     async def write_table(self, head: Head, plan_id: str, table: Table) -> bool:
         """Write a plan's table; False if the plan was collected meanwhile."""
         columns = dict(zip(_TABLE_COLUMNS, table, strict=True))
-        return await self._write_columns(head, plan_id, {k: v for k, v in columns.items() if v is not None})
+        present = {column: rows for column, rows in columns.items() if rows is not None}
+        return await self._write_columns(head, plan_id, present, is_read_soon=True)
 
-    async def _write_columns(self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]]) -> bool:
+    async def _write_columns(
+        self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_read_soon: bool
+    ) -> bool:
         experiment = head.keys
         for column, values in columns.items():
             for block in _blocks(0, len(values)):
-                # a copy: a cached view would keep the whole column alive
-                rows = values[block.number * BLOCK_ROWS :][: block.num_rows].copy()
-                rows.flags.writeable = False
+                rows = values[block.number * BLOCK_ROWS :][: block.num_rows]
+                if is_read_soon:
+                    rows = rows.copy()  # a cached view would keep the whole column alive
+                    rows.flags.writeable = False
                 key = experiment.column(plan_id, column, block.number)
                 args = [head.uid, plan_id, rows.data.cast("B")]
                 if not await self._run("write", [experiment.head, experiment.plans, key], args):
                     return False
-                self._cache.put(key, rows)
+                if is_read_soon:
+                    self._cache.put(key, rows)
         return True
 
     async def commit(
@@ -770,7 +775,7 @@ class Store:
             await cast(Any, self._redis.hdel(experiment.doomed, plan_id))
         for plan_id in await cast(Any, self._redis.hvals(experiment.epochs)):
             if plan_id.decode() != head.plan_id:
-                columns = self._column_keys(experiment, head.extended_spec, plan_id.decode(), [*_TABLE_COLUMNS])
+                columns = self._drop_table(experiment, head.extended_spec, plan_id.decode())
                 for first in range(0, len(columns), 1000):
                     some = columns[first : first + 1000]
                     await self._run("unlink_table", [experiment.head, *some], [head.uid, plan_id])
@@ -792,6 +797,13 @@ class Store:
             )
         await self._redis.unlink(experiment.plan(plan_id))
 
+    def _drop_table(self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str) -> list[str]:
+        """Let go of a table's blocks in memory; returns their keys."""
+        names = self._column_keys(experiment, spec, plan_id, [*_TABLE_COLUMNS])
+        for name in names:
+            self._cache.drop(name)
+        return names
+
     @staticmethod
     def _column_keys(experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: list[str]) -> list[str]:
         blocks = range(-(-spec.num_samples // BLOCK_ROWS))
@@ -806,8 +818,14 @@ class Store:
     # Columns
 
     async def read_scores(self, head: Head, plan_id: str) -> Scores:
-        """All samples' scores at the start of a plan's epoch."""
-        return await self.read_score_rows(head, plan_id, 0, head.spec.num_samples)
+        """All samples' scores at the start of a plan's epoch, in arrays of their own."""
+
+        async def whole(column: str, dtype: DTypeLike) -> NDArray[Any]:
+            return await self._read_whole(head, plan_id, column, dtype, head.spec.num_samples)
+
+        fixed = [await whole(column, dtype) for column, dtype in _SCORE_COLUMNS.items()]
+        own = [await whole(column, np.float32) for column in _policy_columns(head.spec.policy.columns)]
+        return Scores._make([*fixed, dict(zip(head.spec.policy.columns, own, strict=True))])
 
     async def read_score_rows(self, head: Head, plan_id: str, first: int, count: int) -> Scores:
         """Scores of the samples [first, first + count)."""
@@ -830,42 +848,61 @@ class Store:
         ]
         return Table(columns[0], columns[1], columns[2] if has_weights else None)
 
+    async def read_sample_ids(self, head: Head) -> NDArray[Any]:
+        """The whole table's, of a sealed epoch: nobody will read it again."""
+        dtype = sample_id_dtype(head.spec.num_samples)
+        sample_ids = await self._read_whole(head, head.plan_id, "sample_id", dtype, head.shape.num_rows)
+        self._drop_table(head.keys, head.spec, head.plan_id)
+        return sample_ids
+
     async def _read(
         self, head: Head, plan_id: str, column: str, dtype: Any, first: int, count: int, total: int
     ) -> NDArray[Any]:
         pieces = []
         for block in _blocks(first, count):
             key = head.keys.column(plan_id, column, block.number)
-            rows = self._cache.get(key)
-            if rows is not None:
-                self._metrics.cache_hits.inc()
-            else:
-                self._metrics.cache_misses.inc()
-                num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
-                rows = await self._read_block(head, plan_id, column, key, np.dtype(dtype), num_rows)
+            rows = self._cached(key)
+            if rows is None:
+                async with self._cache.loading(key):
+                    rows = self._cache.get(key)  # another reader may have brought it
+                    if rows is None:
+                        num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
+                        rows = await self._read_block(head, plan_id, column, key, np.dtype(dtype), num_rows)
+                        self._cache.put(key, rows)
             pieces.append(rows[block.start : block.start + block.num_rows])
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype)
 
+    async def _read_whole(self, head: Head, plan_id: str, column: str, dtype: Any, total: int) -> NDArray[Any]:
+        """A column in an array of its own, without driving others out of the cache."""
+        values = np.empty(total, dtype)
+        for block in _blocks(0, total):
+            key = head.keys.column(plan_id, column, block.number)
+            rows = self._cached(key)
+            if rows is None:
+                rows = await self._read_block(head, plan_id, column, key, values.dtype, block.num_rows)
+            values[block.number * BLOCK_ROWS :][: block.num_rows] = rows
+        return values
+
+    def _cached(self, key: str) -> NDArray[Any] | None:
+        rows = self._cache.get(key)
+        (self._metrics.cache_misses if rows is None else self._metrics.cache_hits).inc()
+        return rows
+
     async def _read_block(
         self, head: Head, plan_id: str, column: str, key: str, dtype: np.dtype[Any], num_rows: int
     ) -> NDArray[Any]:
-        async with self._cache.loading(key):
-            rows = self._cache.get(key)  # another reader may have brought it
-            if rows is None:
-                data = await self._redis.get(key)
-                expected = num_rows * dtype.itemsize
-                if data is None or len(data) != expected:
-                    if not await self._is_kept(head, plan_id, column):
-                        raise EpochClosedError("the experiment has gone on meanwhile: this epoch is no longer kept")
-                    raise DataLossError(
-                        f"the store has {0 if data is None else len(data):,} of {expected:,} bytes of {key}: "
-                        "it lost committed data. Restore a backup of Redis, or delete the experiment"
-                    )
-                rows = np.frombuffer(cast(bytes, data), dtype)
-                self._cache.put(key, rows)
-        return rows
+        data = await self._redis.get(key)
+        expected = num_rows * dtype.itemsize
+        if data is None or len(data) != expected:
+            if not await self._is_kept(head, plan_id, column):
+                raise EpochClosedError("the experiment has gone on meanwhile: this epoch is no longer kept")
+            raise DataLossError(
+                f"the store has {0 if data is None else len(data):,} of {expected:,} bytes of {key}: "
+                "it lost committed data. Restore a backup of Redis, or delete the experiment"
+            )
+        return np.frombuffer(cast(bytes, data), dtype)
 
     async def _is_kept(self, head: Head, plan_id: str, column: str) -> bool:
         """Whether a column should be there, by the head as it stands now."""

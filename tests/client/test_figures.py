@@ -79,7 +79,7 @@ def watched(
 def summary(epoch: int, *, num_never: int = 0, seed: int = 0) -> EpochSummary:
     """What a fold would have made of an epoch after which `num_never` samples have not been visited."""
     random = np.random.default_rng(seed)
-    num_visits = np.ones(N, np.uint32)
+    num_visits = np.ones(N, np.uint16)
     num_visits[:num_never] = 0
     staleness = random.integers(0, min(epoch, 254) + 1, N).astype(np.uint8)
     staleness[:num_never] = min(epoch + 1, 255)

@@ -206,7 +206,7 @@ def computed(settings: dict[str, Any], world_size: int) -> Outcome:
             choice = (drawn.positions.tolist(), drawn.importance_weights.tobytes())
             visits.append((epoch, step, rank, ids.tolist(), *choice))
         report = Report(losses_of_rows, chosen, columns_of(spec.policy, losses_of_rows))
-        scores, _ = fold_epoch(spec, scores, table.sample_ids, report)
+        fold_epoch(spec, scores, table.sample_ids, report)
     columns = scores._asdict() | dict(scores.columns)
     del columns["columns"]
     return Outcome(visits, {name: column.tobytes() for name, column in columns.items()})

@@ -325,7 +325,8 @@ class Model:
         spec, ended = experiment.spec, experiment.current
         columns = {name: column.ravel() for name, column in ended.report.columns.items()}
         report = Report(ended.report.losses.ravel(), ended.report.chosen.ravel(), columns)
-        scores, counts = fold_epoch(spec, ended.scores, ended.table.sample_ids, report)
+        scores = ended.scores.copy()
+        counts = fold_epoch(spec, scores, ended.table.sample_ids, report)
         new_counts = (*counts, ended.shape.num_trained)
         row_counts = RowCounts(*(old + new for old, new in zip(ended.row_counts, new_counts, strict=True)))
         experiment.epoch += 1
@@ -654,7 +655,7 @@ class Model:
         ref: Ref,
         scores: NDArray[np.float32],
         sampling_weights: NDArray[np.float32],
-        num_visits: NDArray[np.uint32],
+        num_visits: NDArray[np.uint16],
     ) -> None:
         """What the policy keeps besides is as at any start."""
         experiment = self._find(ref)

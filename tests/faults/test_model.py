@@ -341,7 +341,7 @@ class Server:
             rows.epoch,
             floats(rows.scores),
             floats(rows.sampling_weights),
-            integers(rows.num_visits),
+            integers(rows.num_visits, "<u2"),
             integers(rows.staleness, "<u1"),
             integers(rows.num_chosen, "<u2"),
             integers(rows.chosen_staleness, "<u1"),
@@ -793,7 +793,7 @@ class Machine(RuleBasedStateMachine):
             self.both("pin", ref, name, epoch)
 
     def import_scores(self, ref: Ref, scores: Values, sampling_weights: Values, with_visits: bool) -> None:
-        num_visits = (np.arange(scores.size) % 3 * with_visits).astype(np.uint32)
+        num_visits = (np.arange(scores.size) % 3 * with_visits).astype(np.uint16)
         self.both("import_scores", ref, scores.column(), sampling_weights.column(), num_visits)
 
     def join(self, ref: Ref, run_id: str, rank: int, *others: Any) -> None:

@@ -19,7 +19,6 @@ from evosample.sampling import (
     inclusion_probabilities,
     random_bits,
 )
-from evosample.sampling.draws import race
 
 WEIGHTS = np.array([1, 2, 3, 4, 10], np.float32)
 FALSE_ALARM_RATE = 1e-4
@@ -222,8 +221,20 @@ def test_weights_at_the_ends_of_what_a_float_holds_are_no_trouble(method: DrawMe
 
 
 def test_equal_keys_do_not_change_the_number_of_winners() -> None:
-    drawn = race(np.ones(6, np.float32), 3, np.array([1.0, 2.0, 2.0, 2.0, 2.0, 3.0]))
+    drawn = draw("successive", np.ones(6, np.float32), 3, np.zeros(6, np.uint64))
     assert drawn.rows.tolist() == [0, 1, 2]
+
+
+def test_a_race_is_decided_by_keys_of_full_precision() -> None:
+    # Weights so alike that thousands of keys round to the same float32, and so do those at the border.
+    bits = np.sort(bits_of(1, 200_000)[0] >> np.uint64(20) | np.uint64(0x5555500000000000))
+    weights = np.ones(len(bits), np.float32)
+    drawn = draw("successive", weights, 100_001, bits)
+    keys = exponentials(bits)
+    assert len(np.unique(keys.astype(np.float32))) < len(keys) // 100
+    assert (drawn.rows == np.sort(np.argsort(keys, kind="stable")[:100_001])).all()
+    tau = np.sort(keys)[100_001]
+    np.testing.assert_array_equal(drawn.inclusion_probabilities, -np.expm1(-weights[drawn.rows] * tau))
 
 
 def test_equal_weights_and_bits_do_not_change_the_number_of_the_largest() -> None:

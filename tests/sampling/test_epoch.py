@@ -25,6 +25,7 @@ from evosample.sampling import (
     fold_epoch,
     initial_scores,
     keep_samples,
+    mask_of,
     permutation,
     plan_epoch,
     random_bits,
@@ -38,7 +39,7 @@ FALSE_ALARM_RATE = 1e-4
 def visited_scores(n: int, seed: int = 0) -> Scores:
     rng = np.random.default_rng(seed)
     scores, weights = rng.gamma(2, 1, (2, n)).astype(np.float32)
-    return initial_scores(n)._replace(scores=scores, sampling_weights=weights, num_visits=np.ones(n, np.uint32))
+    return initial_scores(n)._replace(scores=scores, sampling_weights=weights, num_visits=np.ones(n, np.uint16))
 
 
 def spec(**changes: object) -> ExperimentSpec:
@@ -80,7 +81,7 @@ def test_a_pruned_epoch_visits_whole_steps_of_distinct_samples() -> None:
 def test_pruning_keeps_samples_in_proportion_to_their_weights() -> None:
     # Of three samples two are kept; the enumeration gives the probability of each pair.
     weights = np.array([1, 2, 5], np.float32)
-    scores = initial_scores(3)._replace(sampling_weights=weights, num_visits=np.ones(3, np.uint32))
+    scores = initial_scores(3)._replace(sampling_weights=weights, num_visits=np.ones(3, np.uint16))
     pairs: dict[tuple[int, ...], int] = {(0, 1): 0, (0, 2): 0, (1, 2): 0}
     for seed in range(3000):
         three = ExperimentSpec(
@@ -201,11 +202,11 @@ def test_a_shard_of_which_nothing_is_kept_is_no_trouble() -> None:
 
 
 def test_folding_changes_what_was_visited_and_counts_the_rest() -> None:
-    before = initial_scores(5)
+    after = initial_scores(5)
     losses = np.array([2.0, np.nan, np.inf], np.float32)
     folded = ExperimentSpec(num_samples=5, num_epochs=3, meta_batch_size=3, mini_batch_size=1)
     report = Report(losses, np.array([True, False, True]), {})
-    after, counts = fold_epoch(folded, before, np.array([4, 0, 2]), report)
+    counts = fold_epoch(folded, after, np.array([4, 0, 2]), report)
     assert counts == (1, 1, 1)
     assert after.num_visits.tolist() == [0, 0, 0, 0, 1]
     assert after.staleness.tolist() == [1, 1, 1, 1, 0]
@@ -213,16 +214,47 @@ def test_folding_changes_what_was_visited_and_counts_the_rest() -> None:
     assert after.chosen_staleness.tolist() == [1, 1, 0, 1, 0]
     np.testing.assert_allclose(after.scores, [0.2, 0.2, 0.2, 0.2, 0.9 * 0.2 + 0.1 * 2], rtol=1e-6)
     np.testing.assert_allclose(after.sampling_weights, [0.2, 0.2, 0.2, 0.2, 0.2 * 0.2 + 0.8 * 2], rtol=1e-6)
-    assert before.num_visits.sum() == 0
 
 
-def test_how_many_times_a_sample_was_chosen_is_counted_up_to_what_16_bits_hold() -> None:
-    scores = initial_scores(3)._replace(num_chosen=np.array([65_534, 65_535, 7], np.uint16))
+def test_a_large_epoch_is_folded_as_small_ones_are() -> None:
+    n = 200_000  # several blocks, the last of which is not whole
+    folded = ExperimentSpec(num_samples=n, num_epochs=3, meta_batch_size=4, policy=UCB(), loss_clip_quantile=0.9)
+    chance = np.random.default_rng(0)
+    ids = chance.permutation(n)[: n // 2]
+    losses = chance.random(len(ids), np.float32)
+    losses[::7], losses[1::7] = np.nan, np.inf
+    report = Report(losses, chance.random(len(ids)) < 0.3, {})
+    scores = initial_scores(n, UCB().columns)
+    scores.staleness[:] = chance.integers(0, 256, n)
+    expected = scores.copy()
+    counts = fold_epoch(folded, scores, ids, report)
+    finite = np.isfinite(losses)
+    num_of = [int(np.count_nonzero(mask)) for mask in (finite, losses == np.inf, np.isnan(losses))]
+    assert [*counts] == num_of
+    visited, chosen = ids[finite], ids[report.chosen]
+    before = {"scores": expected.scores[visited]} | {name: rows[visited] for name, rows in expected.columns.items()}
+    after = UCB().fold(before, clipped_losses(losses[finite], 0.9), {})
+    assert (scores.scores[visited] == after["scores"]).all()
+    assert (scores.sampling_weights[visited] == after["sampling_weights"]).all()
+    assert (scores.columns["variance"][visited] == after["variance"]).all()
+    for name, seen in (("num_visits", visited), ("num_chosen", chosen)):
+        assert (getattr(scores, name) == mask_of(n, seen)).all()
+    for name, seen in (("staleness", visited), ("chosen_staleness", chosen)):
+        aged = np.minimum(getattr(expected, name).astype(int) + 1, 255)
+        assert (getattr(scores, name) == np.where(mask_of(n, seen), 0, aged)).all()
+    others = ~mask_of(n, visited)
+    assert (scores.scores[others] == expected.scores[others]).all()
+
+
+@pytest.mark.parametrize("name", ["num_visits", "num_chosen"])
+def test_visits_and_choices_are_counted_up_to_what_16_bits_hold(name: str) -> None:
+    scores = initial_scores(3)
+    getattr(scores, name)[:] = 65_534, 65_535, 7
     report = Report(np.ones(3, np.float32), np.ones(3, np.bool_), {})
-    after, _ = fold_epoch(
+    fold_epoch(
         ExperimentSpec(num_samples=3, num_epochs=3, meta_batch_size=3, policy=Uniform()), scores, np.arange(3), report
     )
-    assert after.num_chosen.tolist() == [65_535, 65_535, 8]
+    assert getattr(scores, name).tolist() == [65_535, 65_535, 8]
 
 
 @pytest.mark.parametrize("batch_draw", ["successive", "systematic", "top_k", "with_replacement"])
@@ -284,13 +316,13 @@ def test_no_sample_is_skipped_more_often_in_a_row_than_it_may(policy: Policy) ->
     for epoch in range(40):
         table, shape = plan_epoch(planned, epoch, scores)
         if not planned.is_annealing(epoch):
-            kept = keep_samples(planned, epoch, scores).kept.rows
+            kept = keep_samples(planned, epoch, scores).sample_ids
             assert set(np.flatnonzero(scores.staleness >= most)) <= set(kept.tolist())
         skipped += 1
         skipped[table.sample_ids] = 0
         longest.append(int(skipped.max()))
         report = Report(hardness[table.sample_ids], np.zeros(shape.num_rows, np.bool_), {})
-        scores, _ = fold_epoch(planned, scores, table.sample_ids, report)
+        fold_epoch(planned, scores, table.sample_ids, report)
     # one more where a sample is kept, but falls out of the whole steps
     assert max(longest) <= most + 2
     assert longest.count(most) > 5, "the bound was reached: otherwise the test tests nothing"
@@ -303,7 +335,8 @@ def test_losses_above_the_quantile_count_as_that() -> None:
     assert clipped_losses(losses, 1) is losses
     planned = spec(num_samples=10, meta_batch_size=10, loss_clip_quantile=0.9, policy=EvolvedSampling(beta2=0))
     report = Report(losses, np.zeros(10, np.bool_), {})
-    after, _ = fold_epoch(planned, initial_scores(10), np.arange(10), report)
+    after = initial_scores(10)
+    fold_epoch(planned, after, np.arange(10), report)
     assert after.scores.max() == 9
 
 

@@ -73,7 +73,9 @@ def losses_of(ids: NDArray[Any], epoch: int) -> NDArray[np.float32]:
 
 def after(spec: ExperimentSpec, epoch: int, scores: Scores, ids: NDArray[Any], losses: NDArray[np.float32]) -> Scores:
     columns = {name: np.ones(len(ids), np.float32) for name in spec.policy.reported_columns}
-    return fold_epoch(spec, scores, ids, Report(losses, np.zeros(len(ids), np.bool_), columns))[0]
+    scores = scores.copy()
+    fold_epoch(spec, scores, ids, Report(losses, np.zeros(len(ids), np.bool_), columns))
+    return scores
 
 
 def least_shares(spec: ExperimentSpec, groups: Groups | None) -> NDArray[np.float64]:
@@ -104,17 +106,19 @@ def test_without_a_floor_some_group_falls_under_it(policy: Policy) -> None:
 
 
 def test_a_floor_takes_the_samples_of_the_highest_weights_and_those_first_that_are_owed_a_place() -> None:
-    spec = spec_of(EvolvedSampling(prune_ratio=0.6, annealing=0), group_floor=0.1)
+    spec = spec_of(EvolvedSampling(prune_ratio=0.6, annealing=0), group_floor=0.1, importance_weight="unbiased")
     scores = after(spec, 0, initial_scores(N), np.arange(N), losses_of(np.arange(N), 0))
     scores.num_visits[np.flatnonzero(IDS == 3)[:5]] = 0  # 5 of the 15 places
-    kept, is_floor = keep_samples(spec, 1, scores, GROUPS)
+    kept = keep_samples(spec, 1, scores, GROUPS)
+    is_floor = kept.is_guarded
     assert is_floor is not None
-    floor = kept.rows[is_floor]
+    floor = kept.sample_ids[is_floor]
     for group, size in enumerate(SIZES):
         ids = np.flatnonzero(group == IDS)
         count = math.ceil(0.1 * size)
         weights = scores.sampling_weights[ids].astype(np.float64) + 1e9 * (scores.num_visits[ids] == 0)
         assert set(floor[IDS[floor] == group]) == set(ids[np.argsort(-weights)[:count]])
+    assert kept.inclusion_probabilities is not None
     assert (kept.inclusion_probabilities[is_floor] == 1).all()
 
 
@@ -125,7 +129,7 @@ def test_a_floor_takes_the_samples_of_the_highest_weights_and_those_first_that_a
 def test_weights_are_unbiased_with_floors_and_mixtures(policy: Policy, mixture: Mixture | None) -> None:
     losses, rng = losses_of(np.arange(N), 0) + IDS, np.random.default_rng(3)
     scores = initial_scores(N)._replace(
-        sampling_weights=(rng.lognormal(0, 1, N) * losses).astype(np.float32), num_visits=np.ones(N, np.uint32)
+        sampling_weights=(rng.lognormal(0, 1, N) * losses).astype(np.float32), num_visits=np.ones(N, np.uint16)
     )
     means, unweighted = [], []
     for seed in range(1500):
@@ -159,7 +163,7 @@ def test_a_floor_s_ties_leave_no_trace_in_the_draw() -> None:
     ids = np.zeros(N, np.uint16)
     losses = np.concatenate([np.ones(N // 2), np.zeros(N // 2)]).astype(np.float32)
     groups = Groups(np.concatenate([ids[: N // 2], ids[N // 2 :] + 1]).astype(np.uint16))
-    scores = initial_scores(N)._replace(num_visits=np.ones(N, np.uint32))
+    scores = initial_scores(N)._replace(num_visits=np.ones(N, np.uint16))
     means = []
     for seed in range(300):
         spec = spec_of(
@@ -196,9 +200,10 @@ def test_floors_are_spread_over_the_steps() -> None:
     spec = spec_of(RandomSubset(), group_floor=0.15, meta_batch_size=100, mini_batch_size=25)
     scores = after(spec, 0, initial_scores(N), np.arange(N), losses_of(np.arange(N), 0))
     table, shape = plan_epoch(spec, 1, scores, GROUPS)
-    kept, is_floor = keep_samples(spec, 1, scores, GROUPS)
+    kept = keep_samples(spec, 1, scores, GROUPS)
+    is_floor = kept.is_guarded
     assert is_floor is not None
-    shares = np.isin(table.sample_ids, kept.rows[is_floor]).reshape(shape.num_steps, -1).mean(1)
+    shares = np.isin(table.sample_ids, kept.sample_ids[is_floor]).reshape(shape.num_steps, -1).mean(1)
     assert shares.max() < 0.95
     assert abs(shares[: shape.num_steps // 2].mean() - shares[shape.num_steps // 2 :].mean()) < 0.2
 
@@ -207,11 +212,12 @@ def test_a_floor_does_not_change_what_an_adaptive_policy_goes_by() -> None:
     for policy in (InfoBatch(), Kakurenbo()):
         with_floor, without = spec_of(policy, group_floor=0.3), spec_of(policy)
         scores = after(without, 0, initial_scores(N, policy.columns), np.arange(N), losses_of(np.arange(N), 0))
-        floored, is_floor = keep_samples(with_floor, 3, scores, GROUPS)
-        plain = keep_samples(without, 3, scores).kept
+        floored = keep_samples(with_floor, 3, scores, GROUPS)
+        is_floor = floored.is_guarded
+        plain = keep_samples(without, 3, scores)
         assert is_floor is not None
-        assert set(floored.rows) == set(plain.rows) | set(floored.rows[is_floor])
-        assert set(floored.hidden) == set(plain.hidden) - set(floored.rows[is_floor])
+        assert set(floored.sample_ids) == set(plain.sample_ids) | set(floored.sample_ids[is_floor])
+        assert set(floored.hidden_ids) == set(plain.hidden_ids) - set(floored.sample_ids[is_floor])
         if floored.importance_weights is not None:
             assert (floored.importance_weights[is_floor] == 1).all()
 
@@ -219,8 +225,8 @@ def test_a_floor_does_not_change_what_an_adaptive_policy_goes_by() -> None:
 def test_a_learned_mixture_goes_on_measuring_every_group() -> None:
     spec = spec_of(RandomSubset(prune_ratio=0.5), mixture=DoReMi(smoothing=0))
     weights = np.array([1e-12, 1e-12, 1e-12, 1e-12, 0.5, 0.5])
-    kept = keep_samples(spec, 3, initial_scores(N), GROUPS, weights).kept
-    assert np.bincount(IDS[kept.rows], minlength=NUM_GROUPS).min() == 1
+    kept = keep_samples(spec, 3, initial_scores(N), GROUPS, weights)
+    assert np.bincount(IDS[kept.sample_ids], minlength=NUM_GROUPS).min() == 1
     unknown = DoReMi(smoothing=0).next_weights(np.array([0.2, 0.3, 0.5]), np.array([np.nan, 1.0, 1.0]))
     assert unknown.tolist() == pytest.approx([0.2, 0.3, 0.5])
 
@@ -257,10 +263,10 @@ def test_an_epoch_keeps_the_mixture_and_says_which_groups_it_caps() -> None:
     mixture = Mixture(weights=(1, 1, 2, 2, 2, 2))
     spec = spec_of(RandomSubset(prune_ratio=0.5), mixture=mixture, mini_batch_size=30)
     weights = mixture.first_weights(np.array(SIZES))
-    kept = keep_samples(spec, 3, initial_scores(N), GROUPS, weights).kept
-    rows = np.bincount(IDS[kept.rows], minlength=NUM_GROUPS)
+    kept = keep_samples(spec, 3, initial_scores(N), GROUPS, weights)
+    rows = np.bincount(IDS[kept.sample_ids], minlength=NUM_GROUPS)
     assert rows.tolist() == [1, 9, 40, 150, 150, 150]  # the last two share what the others leave
-    summaries = summarize_groups(spec, GROUPS, weights, kept.rows, losses_of(kept.rows, 0))
+    summaries = summarize_groups(spec, GROUPS, weights, kept.sample_ids, losses_of(kept.sample_ids, 0))
     assert [group.is_capped for group in summaries] == [True, True, True, False, False, False]
     assert [group.num_rows for group in summaries] == rows.tolist()
     assert [group.weight for group in summaries] == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.2, 0.2])

@@ -29,6 +29,7 @@ from evosample.sampling import (
     InvalidValue,
     Kakurenbo,
     Kept,
+    KeptSamples,
     OrderedSGD,
     Plan,
     Policy,
@@ -83,7 +84,7 @@ class Epoch:
     """What one epoch of a followed experiment came to."""
 
     number: int
-    kept: Kept
+    kept: KeptSamples
     plan: Plan
     chosen: list[NDArray[np.int64]]  # positions in their part, by step and rank
     counts: FoldCounts
@@ -98,16 +99,18 @@ def follow(
     reference: Experiment = REFERENCES[type(spec.policy)](spec, world_size)
     scores = initial_scores(spec.num_samples, spec.policy.columns)
     for number in range(spec.num_epochs):
-        kept, plan = keep_samples(spec, number, scores).kept, plan_epoch(spec, number, scores)
+        kept, plan = keep_samples(spec, number, scores), plan_epoch(spec, number, scores)
         expected = reference.kept(number)
-        assert kept.rows.tolist() == expected.ids
-        assert kept.hidden.tolist() == expected.hidden
-        np.testing.assert_allclose(kept.inclusion_probabilities, [expected.probabilities[i] for i in expected.ids])
+        assert kept.sample_ids.tolist() == expected.ids
+        assert kept.hidden_ids.tolist() == expected.hidden
+        assert (kept.inclusion_probabilities is None) == (spec.importance_weight == "none")
+        if kept.inclusion_probabilities is not None:
+            np.testing.assert_allclose(kept.inclusion_probabilities, [expected.probabilities[i] for i in expected.ids])
         expected_ids, expected_weights, num_hidden_steps = reference.table(number, expected)
         (ids, prior_scores, set_weights), shape = plan
         assert ids.tolist() == expected_ids
         assert (shape.num_rows, shape.num_hidden_steps) == (len(ids), num_hidden_steps)
-        assert shape == spec.shape(number, len(kept.rows), len(kept.hidden))
+        assert shape == spec.shape(number, len(kept.sample_ids), len(kept.hidden_ids))
         assert prior_scores.tolist() == [reference.scores[i] for i in expected_ids]
         assert (set_weights is None) == (expected_weights is None) == (not spec.has_set_weights)
         if set_weights is not None:
@@ -145,7 +148,7 @@ def follow(
         lost = np.random.default_rng(2000 + number).random(len(ids)) < lost_rows
         recorded[lost], chosen[lost] = np.nan, False
         report = Report(recorded, chosen, reports_of(spec.policy, number, len(ids)))
-        scores, counts = fold_epoch(spec, scores, ids, report)
+        counts = fold_epoch(spec, scores, ids, report)
         columns = {name: list(column) for name, column in report.columns.items()}
         assert counts == reference.fold(ids.tolist(), list(recorded), chosen.tolist(), columns)
         assert sum(counts) == len(ids)
@@ -159,7 +162,7 @@ def follow(
         ]:
             assert getattr(scores, name).tolist() == column, name
         assert {name: column.tolist() for name, column in scores.columns.items()} == reference.own
-        yield Epoch(number, kept, plan, all_chosen, counts, scores)
+        yield Epoch(number, kept, plan, all_chosen, counts, scores.copy())
 
 
 def spec_of(policy: Policy, importance_weight: ImportanceWeight = "none", **changes: Any) -> ExperimentSpec:
@@ -213,7 +216,7 @@ def test_ten_epochs_are_those_of_a_plain_loop(
     assert len(epochs) == NUM_EPOCHS
     assert min(np.sum([epoch.counts for epoch in epochs], axis=0)) > 0  # there were rows of all kinds
     if not isinstance(policy, Uniform):
-        rows = [len(epoch.kept.rows) for epoch in epochs]
+        rows = [len(epoch.kept.sample_ids) for epoch in epochs]
         selecting = [epoch.number for epoch in epochs if any(len(c) < 8 / world_size for c in epoch.chosen)]
         assert min(rows) < 99 or selecting
     if isinstance(policy, Kakurenbo):
@@ -230,7 +233,9 @@ def visited(policy: Policy, losses: ArrayLike, **columns: ArrayLike) -> Scores:
     spec = ExperimentSpec(num_samples=n, num_epochs=4, meta_batch_size=2, mini_batch_size=1, policy=policy)
     reported = {name: np.array(column, np.float32) for name, column in columns.items()}
     report = Report(finite, np.zeros(n, np.bool_), reported)
-    return fold_epoch(spec, initial_scores(n, policy.columns), np.arange(n), report)[0]
+    scores = initial_scores(n, policy.columns)
+    fold_epoch(spec, scores, np.arange(n), report)
+    return scores
 
 
 def kept_sets(policy: Policy, scores: Scores, num_seeds: int) -> Counter[tuple[int, ...]]:
@@ -238,7 +243,7 @@ def kept_sets(policy: Policy, scores: Scores, num_seeds: int) -> Counter[tuple[i
     n, sets = len(scores.scores), Counter[tuple[int, ...]]()
     for seed in range(num_seeds):
         spec = spec_of(policy, num_samples=n, meta_batch_size=1, mini_batch_size=1, seed=seed)
-        sets[tuple(keep_samples(spec, 1, scores).kept.rows.tolist())] += 1
+        sets[tuple(keep_samples(spec, 1, scores).sample_ids.tolist())] += 1
     return sets
 
 
@@ -369,7 +374,7 @@ def first_step_means(
             chosen = mine[found.positions]
             weights = found.importance_weights.astype(np.float64)
             if importance_weight == "none":  # a policy's own: scaled to the dataset by how many are kept
-                weights *= len(keep_samples(spec, epoch, scores).kept.rows) / n
+                weights *= len(keep_samples(spec, epoch, scores).sample_ids) / n
             if first_draws:
                 weights = np.ones(len(chosen))
                 if policy.prune_ratio:
@@ -492,17 +497,17 @@ def test_no_edge_troubles_a_policy(losses_of: Losses, policy: Policy, changes: d
             num_chosen = 4 if is_selecting or shape.step_rows == 4 else 8
             assert sum(len(chosen) for chosen in epoch.chosen[2 * step : 2 * step + 2]) == num_chosen
         assert (
-            len(epoch.kept.rows) + len(epoch.kept.hidden) == spec.num_places
+            len(epoch.kept.sample_ids) + len(epoch.kept.hidden_ids) == spec.num_places
             or isinstance(policy, (Uniform, InfoBatch))
             or shape.is_annealing
         )
         if losses_of is one_nan:
             assert epoch.scores.num_visits[5] == 0
             assert epoch.scores.scores[5] == np.float32(1 / spec.num_samples)
-            assert 5 in epoch.kept.rows or not policy.keeps_unvisited
+            assert 5 in epoch.kept.sample_ids or not policy.keeps_unvisited
             assert epoch.scores.num_chosen[5] == 0 or not isinstance(policy, OrderedSGD)
         elif isinstance(policy, InfoBatch):
-            assert len(epoch.kept.rows) == spec.num_samples  # none is under the mean
+            assert len(epoch.kept.sample_ids) == spec.num_samples  # none is under the mean
 
 
 @pytest.mark.filterwarnings("error")
@@ -513,7 +518,7 @@ def test_the_largest_losses_leave_scores_finite(policy: Policy) -> None:
         ids = plan_epoch(spec, epoch, scores).table.sample_ids
         ones = np.ones(len(ids), np.float32)
         report = Report(largest(epoch, ids), ones > 0, dict.fromkeys(policy.reported_columns, ones))
-        scores, counts = fold_epoch(spec, scores, ids, report)
+        counts = fold_epoch(spec, scores, ids, report)
         assert counts.visited == len(ids)
         for column in [scores.scores, scores.sampling_weights, *scores.columns.values()]:
             assert np.isfinite(column).all()
@@ -534,10 +539,10 @@ def test_an_epoch_that_would_keep_less_than_a_meta_batch_leaves_nothing_out(poli
     columns = {name: np.ones(num_samples) for name in policy.reported_columns}
     scores = visited(policy, losses, **columns)
     spec = spec_of(policy, num_samples=num_samples, meta_batch_size=16)
-    kept, plan = keep_samples(spec, 1, scores).kept, plan_epoch(spec, 1, scores)
-    assert kept.rows.tolist() == list(range(num_samples))
-    assert kept.hidden.tolist() == []
-    assert set(kept.inclusion_probabilities) == {1}
+    kept, plan = keep_samples(spec, 1, scores), plan_epoch(spec, 1, scores)
+    assert kept.sample_ids.tolist() == list(range(num_samples))
+    assert kept.hidden_ids.tolist() == []
+    assert kept.inclusion_probabilities is None or set(kept.inclusion_probabilities) == {1}
     assert len(plan.table.sample_ids) == num_samples // 16 * 16
     assert plan.table.importance_weights is None or set(plan.table.importance_weights) == {1}
 
@@ -546,7 +551,7 @@ def test_fewer_hidden_samples_than_fill_a_step_are_not_hidden() -> None:
     scores = visited(Kakurenbo(), range(60), correct=[1] * 60, confidence=[1] * 60)
     for meta_batch_size, num_hidden in [(18, 18), (19, 0)]:
         spec = spec_of(Kakurenbo(), num_samples=60, meta_batch_size=meta_batch_size)
-        assert keep_samples(spec, 1, scores).kept.hidden.tolist() == list(range(num_hidden))
+        assert keep_samples(spec, 1, scores).hidden_ids.tolist() == list(range(num_hidden))
 
 
 # What follows from a policy's settings
@@ -577,7 +582,7 @@ def test_epochs_that_train_on_everything(policy: Policy, cold: list[int], warm: 
 def test_kakurenbo_hides_up_to_a_share_that_falls_by_stages() -> None:
     scores = visited(Kakurenbo(), range(100), correct=[1] * 100, confidence=[0.7] * 100)
     spec = spec_of(Kakurenbo(), num_samples=100, num_epochs=100)
-    hidden = [len(keep_samples(spec, epoch, scores).kept.hidden) for epoch in range(100)]
+    hidden = [len(keep_samples(spec, epoch, scores).hidden_ids) for epoch in range(100)]
     assert hidden == [0] + [30] * 59 + [24] * 20 + [18] * 20
 
 
@@ -586,7 +591,7 @@ def test_kakurenbo_hides_only_what_was_predicted_right_and_with_confidence() -> 
     correct[[0, 3]], confidence[[1, 4]] = 0, 0.69
     scores = visited(Kakurenbo(max_ratio=0.5), range(20), correct=correct, confidence=confidence)
     spec = spec_of(Kakurenbo(max_ratio=0.5), num_samples=20, meta_batch_size=4)
-    assert keep_samples(spec, 1, scores).kept.hidden.tolist() == [2, 5, 6, 7, 8, 9]
+    assert keep_samples(spec, 1, scores).hidden_ids.tolist() == [2, 5, 6, 7, 8, 9]
 
 
 def test_only_hiding_changes_the_learning_rate() -> None:

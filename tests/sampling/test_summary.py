@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from evosample.sampling import (
     SCORE_BIN_EDGES,
     EpochShape,
+    FoldCounts,
     Report,
     Scores,
     fold_epoch,
@@ -37,23 +38,24 @@ def test_the_smallest_and_the_largest_scores_are_counted_at_the_ends() -> None:
     assert (counts[0], counts[-1], counts.sum()) == (3, 2, 5)
 
 
-def folded(scores: Scores, sample_ids: list[int], losses: NDArray[np.float32]) -> Scores:
-    return fold_epoch(SPEC, scores, np.array(sample_ids), Report(losses, np.zeros(len(losses), np.bool_), {}))[0]
+def fold(scores: Scores, sample_ids: list[int], losses: NDArray[np.float32]) -> FoldCounts:
+    return fold_epoch(SPEC, scores, np.array(sample_ids), Report(losses, np.zeros(len(losses), np.bool_), {}))
 
 
 def test_staleness_counts_the_epochs_since_the_last_finite_loss() -> None:
-    scores = folded(initial_scores(40), list(range(8)), LOSSES)
-    scores = folded(scores, [0, 1, 20], np.array([1, np.inf, np.nan], np.float32))
+    scores = initial_scores(40)
+    fold(scores, list(range(8)), LOSSES)
+    fold(scores, [0, 1, 20], np.array([1, np.inf, np.nan], np.float32))
     assert scores.staleness[:9].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 2]
     for _ in range(300):
-        scores = folded(scores, [1], np.ones(1, np.float32))
+        fold(scores, [1], np.ones(1, np.float32))
     assert scores.staleness[:3].tolist() == [255, 0, 255]
 
 
 def test_an_epoch_is_summed_up() -> None:
     losses = np.array([1, 2, np.inf, np.nan, 6, 0.5, np.nan, 3], np.float32)
-    ids = np.array([7, 3, 9, 11, 30, 1, 0, 20])
-    scores, counts = fold_epoch(SPEC, initial_scores(40), ids, Report(losses, np.zeros(8, np.bool_), {}))
+    scores = initial_scores(40)
+    counts = fold(scores, [7, 3, 9, 11, 30, 1, 0, 20], losses)
     shape = EpochShape(
         num_steps=1, step_rows=8, trained_rows=4, selecting_interval=1, num_hidden_steps=0, is_annealing=False
     )
@@ -72,7 +74,8 @@ def test_an_epoch_is_summed_up() -> None:
 
 def test_an_epoch_without_losses_has_no_mean_loss() -> None:
     losses = np.full(8, np.nan, np.float32)
-    scores, counts = fold_epoch(SPEC, initial_scores(40), np.arange(8), Report(losses, np.zeros(8, np.bool_), {}))
+    scores = initial_scores(40)
+    counts = fold(scores, list(range(8)), losses)
     found = summarize_epoch(0, SPEC.shape(0), losses, counts, scores, trained_before=0)
     assert np.isnan(found.mean_loss)
     assert found.staleness_histogram.tolist() == [0, 40] + [0] * 15

@@ -114,7 +114,7 @@ def test_figures_are_what_a_job_did(watched: ServerProcess, watched_client: evos
     assert grown("evosample_store_seconds_count", "commit") == EPOCHS + 1
     assert after["evosample_store_up",] == 1
     assert grown("evosample_cache_hits_total") > 0
-    assert after["evosample_cache_bytes",] > 0
+    assert at_half["evosample_cache_bytes",] > after["evosample_cache_bytes",]  # its table, which is gone at the end
     assert after["evosample_streams",] == 0
     assert after["evosample_connected_ranks",] - before["evosample_connected_ranks",] == 1
 

@@ -365,9 +365,9 @@ def test_an_experiment_without_the_scores_that_it_is_to_start_from_takes_no_run_
     server: ServerProcess, client: evosample.Client, name: str
 ) -> None:
     scores = np.ones(N, np.float32)
-    known = evosample.ExportedScores(0, scores, scores, np.ones(N, np.uint32))
+    known = evosample.ExportedScores(0, scores, scores, np.ones(N, np.uint16))
     with pytest.raises(evosample.InvalidArgumentError, match=r"num_visits: expected numbers of shape \(400,\)"):
-        client.create_experiment(name, **SETTINGS, initial_scores=known._replace(num_visits=np.ones(3, np.uint32)))
+        client.create_experiment(name, **SETTINGS, initial_scores=known._replace(num_visits=np.ones(3, np.uint16)))
     with pytest.raises(evosample.NotFoundError):
         client.get_experiment(name)
     with pytest.raises(evosample.InvalidArgumentError, match="initial_scores=ndarray"):

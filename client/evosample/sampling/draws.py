@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +14,26 @@ from evosample.sampling.philox import exponentials, uniforms
 
 DrawMethod = Literal["successive", "systematic", "top_k", "with_replacement"]
 
+_BLOCK_ROWS = 2**16  # what is computed of so many rows stays in the processor's cache
 
-class Draw(NamedTuple):
+
+class Draw:
     """What was drawn.
 
     Attributes:
         rows: int64 [k], ascending; distinct, unless they were drawn with replacement.
         inclusion_probabilities: float64 [k], of each of these: sum(x_i / pi_i) over them is an unbiased estimate of
-            the sum of x over all rows. With replacement: how often the row is expected to be drawn, k * p_i.
+            the sum of x over all rows. With replacement: how often the row is expected to be drawn, k * p_i. Computed
+            when they are first asked for.
     """
 
-    rows: NDArray[np.int64]
-    inclusion_probabilities: NDArray[np.float64]
+    def __init__(self, rows: NDArray[np.int64], probabilities: Callable[[], NDArray[np.float64]]) -> None:
+        self.rows = rows
+        self._probabilities = probabilities
+
+    @cached_property
+    def inclusion_probabilities(self) -> NDArray[np.float64]:
+        return self._probabilities()
 
 
 def draw(method: DrawMethod, weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Draw:
@@ -43,10 +53,10 @@ def draw(method: DrawMethod, weights: NDArray[np.floating], k: int, bits: NDArra
     if method == "with_replacement" and k:
         return with_replacement(weights, k, bits)
     if k in (0, n):
-        return Draw(np.arange(k), np.ones(k))
+        return Draw(np.arange(k), lambda: np.ones(k))
     match method:
         case "successive":
-            return race(weights, k, exponentials(bits))
+            return race(weights, k, bits)
         case "systematic":
             return systematic(weights, k, float(uniforms(bits[:1])[0]))
         case "top_k":
@@ -54,10 +64,10 @@ def draw(method: DrawMethod, weights: NDArray[np.floating], k: int, bits: NDArra
     raise InvalidValue("draw", method, "successive, systematic, top_k or with_replacement")
 
 
-def race(weights: NDArray[np.floating], k: int, exponentials: NDArray[np.float64]) -> Draw:
+def race(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Draw:
     """`successive`: without replacement, one by one in proportion to the weights that are left.
 
-    key_i = exponentials_i / weights_i; the k smallest keys win: the exponential race, which has just that distribution
+    key_i = Exp(1) variate / weights_i; the k smallest keys win: the exponential race, which has just that distribution
     (`torch.multinomial`). With tau the (k+1)-th smallest key, the inclusion probability given the others' keys is
     pi_i = 1 - exp(-weights_i * tau). Positive weights win before zero weights; places that they leave are filled
     uniformly from the zero weights.
@@ -65,23 +75,56 @@ def race(weights: NDArray[np.floating], k: int, exponentials: NDArray[np.float64
     Args:
         weights: [n], finite and >= 0.
         k: number of winners, 0 < k < n.
-        exponentials: float64 [n], independent Exp(1) variates.
+        bits: uint64 [n].
 
     Source: Efraimidis and Spirakis, 2006; Duffield, Lund and Thorup, 2007 (priority sampling, for pi).
     """
-    positive = weights > 0
-    num_positive = int(np.count_nonzero(positive))
+    num_positive = int(np.count_nonzero(weights))
     if num_positive <= k:  # every positive weight wins; ranking the zero weights by their variates is uniform
-        num_zero, num_missing = len(weights) - num_positive, k - num_positive
-        winners = positive.copy()
-        winners[~positive] = _smallest(exponentials[~positive], num_missing)[0]
-        rows = np.flatnonzero(winners)
-        return Draw(rows, np.where(positive[rows], 1.0, num_missing / num_zero))
-    with np.errstate(divide="ignore"):  # a zero weight's key is infinite: it never wins here
-        keys = exponentials / weights.astype(np.float64)
-    winners, tau = _smallest(keys, k)
-    rows = np.flatnonzero(winners)
-    return Draw(rows, -np.expm1(-weights[rows].astype(np.float64) * tau))
+        winners = weights > 0
+        zero = (~winners).nonzero()[0]
+        num_missing = k - num_positive
+        if num_missing:
+            winners[zero[_smallest(np.ones(len(zero), np.float32), num_missing, bits[zero])[0].nonzero()[0]]] = True
+        rows = winners.nonzero()[0]
+        return Draw(rows, lambda: np.where(weights[rows] > 0, 1.0, num_missing / len(zero)))
+    winners, tau = _smallest(weights, k, bits)
+    rows = winners.nonzero()[0]
+    return Draw(rows, lambda: -np.expm1(-weights[rows].astype(np.float64) * tau()))
+
+
+def _keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """What races: float64 [n]; infinite for a zero weight, which so never wins."""
+    with np.errstate(divide="ignore"):
+        return exponentials(bits) / weights.astype(np.float64)
+
+
+def _smallest(
+    weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]
+) -> tuple[NDArray[np.bool_], Callable[[], float]]:
+    """Mask of the k < n smallest keys (equal ones: the first), and the (k+1)-th smallest.
+
+    Keys are ranked in float32, which takes half the memory. Rounding keeps their order; of those that round to the
+    value at the border, few at most, it is the float64 ones that decide.
+    """
+    n = len(weights)
+    keys = np.empty(n, np.float32)
+    with np.errstate(over="ignore"):
+        for first in range(0, n, _BLOCK_ROWS):
+            block = slice(first, first + _BLOCK_ROWS)
+            keys[block] = _keys(weights[block], bits[block])
+    border = np.partition(keys, k)[k]
+    winners = keys < border
+    num_missing = k - int(np.count_nonzero(winners))
+
+    def at_border() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        rows = (keys == border).nonzero()[0]
+        return rows, _keys(weights[rows], bits[rows])
+
+    if num_missing:
+        rows, exact = at_border()
+        winners[rows[np.argsort(exact, kind="stable")[:num_missing]]] = True
+    return winners, lambda: float(np.sort(at_border()[1])[num_missing])
 
 
 def systematic(weights: NDArray[np.floating], k: int, uniform: float) -> Draw:
@@ -109,7 +152,7 @@ def systematic(weights: NDArray[np.floating], k: int, uniform: float) -> Draw:
         marks[-1] = num_left - 1
         drawn[others[np.diff(marks, prepend=-1) > 0]] = True
     rows = np.flatnonzero(drawn)
-    return Draw(rows, probabilities[rows])
+    return Draw(rows, lambda: probabilities[rows])
 
 
 def inclusion_probabilities(weights: NDArray[np.floating], k: int) -> NDArray[np.float64]:
@@ -139,7 +182,7 @@ def top_k(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Dr
     tied = np.flatnonzero(weights == threshold)
     num_missing = k - int(np.count_nonzero(winners))
     winners[tied[np.argsort(bits[tied], kind="stable")[:num_missing]]] = True
-    return Draw(np.flatnonzero(winners), np.ones(k))
+    return Draw(np.flatnonzero(winners), lambda: np.ones(k))
 
 
 def with_replacement(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Draw:
@@ -156,14 +199,4 @@ def with_replacement(weights: NDArray[np.floating], k: int, bits: NDArray[np.uin
     stops = np.cumsum(shares)
     rows = np.sort(np.searchsorted(stops, uniforms(bits[:k]) * stops[-1], side="right"))
     rows = np.minimum(rows, np.searchsorted(stops, stops[-1]))  # the product may round up to the very end
-    return Draw(rows, k * shares[rows] / stops[-1])
-
-
-def _smallest(keys: NDArray[np.float64], k: int) -> tuple[NDArray[np.bool_], float]:
-    """Mask of the k < n smallest keys (equal ones: the first), and the (k+1)-th smallest."""
-    tau = np.partition(keys, k)[k]
-    winners = keys < tau
-    num_missing = k - int(np.count_nonzero(winners))
-    if num_missing:
-        winners[np.flatnonzero(keys == tau)[:num_missing]] = True
-    return winners, float(tau)
+    return Draw(rows, lambda: k * shares[rows] / stops[-1])

@@ -12,9 +12,10 @@ from evosample.sampling.draws import draw
 from evosample.sampling.groups import DoReMi, Groups, floor_samples, floor_sizes, group_sizes, shared_out
 from evosample.sampling.layout import sample_id_dtype
 from evosample.sampling.philox import Purpose, random_bits
-from evosample.sampling.policies import Kept
 from evosample.sampling.scores import Scores, clipped_losses
 from evosample.sampling.spec import EpochShape, ExperimentSpec
+
+_BLOCK_ROWS = 2**16
 
 
 class Table(NamedTuple):
@@ -51,17 +52,40 @@ class Plan(NamedTuple):
     shape: EpochShape
 
 
-class _Kept(NamedTuple):
+class KeptSamples(NamedTuple):
     """What an epoch keeps.
 
     Attributes:
-        kept: by sample id.
+        sample_ids: [k], ascending; of the dtype of a table's.
+        inclusion_probabilities: float64 [k]; None where the experiment asks for no importance weights.
+        importance_weights: float64 [k], the policy's own; None: it gives none.
+        hidden_ids: [h], ascending: what is not kept but scored, without training, at the epoch's end.
         is_guarded: bool [k], which of the kept samples have to be visited: what keeps groups at their floors, and what
             is due by `max_skipped_epochs`. None: there is no such thing.
     """
 
-    kept: Kept
+    sample_ids: NDArray[Any]
+    inclusion_probabilities: NDArray[np.float64] | None
+    importance_weights: NDArray[np.float64] | None
+    hidden_ids: NDArray[Any]
     is_guarded: NDArray[np.bool_] | None
+
+
+class _Rows(Mapping[str, NDArray[np.float32]]):
+    """Columns of some samples, of which only those are copied that are looked at."""
+
+    def __init__(self, columns: Mapping[str, NDArray[np.float32]], rows: NDArray[np.int64] | slice) -> None:
+        self._columns = columns
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self._columns[name][self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 def keep_samples(
@@ -70,7 +94,7 @@ def keep_samples(
     scores: Scores,
     groups: Groups | None = None,
     mixture: NDArray[np.float64] | None = None,
-) -> _Kept:
+) -> KeptSamples:
     """The set level: which samples `epoch` keeps, ascending, and which it only scores.
 
     What has to be kept is: what keeps groups at their floors; with a policy that goes by scores a sample without a
@@ -84,6 +108,7 @@ def keep_samples(
         mixture: float64 [G], sum 1; None where there is none.
     """
     num_samples, policy = spec.num_samples, spec.policy
+    dtype = sample_id_dtype(num_samples)
     is_due = (scores.staleness >= spec.max_skipped_epochs) & bool(spec.max_skipped_epochs)
     is_owed = is_due | ((scores.num_visits == 0) & policy.keeps_unvisited)
     floor = None
@@ -92,60 +117,67 @@ def keep_samples(
         # By the draw's own bits those that are left over would be favoured.
         ties = random_bits(spec.seed, Purpose.FLOORS, epoch, 0, 0, num_samples)
         floor = floor_samples(groups.ids, least, is_owed, scores.sampling_weights, ties)
-    all_ids, num_rows = np.arange(num_samples), spec.shape(epoch, num_samples).num_training_rows
-    everything = _Kept(Kept(all_ids, np.ones(num_samples)), _guarded(all_ids, num_rows, floor, is_due))
+    wants_probabilities = spec.importance_weight != "none"
+
+    def everything() -> KeptSamples:
+        sample_ids, ones = np.arange(num_samples, dtype=dtype), np.ones(num_samples)
+        is_guarded = _guarded(sample_ids, spec.shape(epoch, num_samples).num_training_rows, floor, is_due)
+        return KeptSamples(sample_ids, ones if wants_probabilities else None, None, np.empty(0, dtype), is_guarded)
+
     if spec.is_annealing(epoch) or (spec.num_places == num_samples and not policy.is_adaptive):
-        return everything
+        return everything()
     bits = random_bits(spec.seed, Purpose.PRUNE, epoch, 0, 0, num_samples)
     forced = is_owed if floor is None else is_owed | floor
-    inclusion_probabilities, importance_weights = np.ones(num_samples), np.ones(num_samples)
+    inclusion_probabilities = np.ones(num_samples) if wants_probabilities else None
+    importance_weights = np.ones(num_samples) if policy.weighs else None
     if np.count_nonzero(forced) > spec.num_places:  # uniformly among the samples that are all owed a place
         owed = np.flatnonzero(forced if floor is None else forced & ~floor)
         num_left = spec.num_places - int(np.count_nonzero(forced)) + len(owed)
         uniform = draw("successive", np.zeros(len(owed), np.float32), num_left, bits[owed])
         forced = np.zeros(num_samples, np.bool_) if floor is None else floor.copy()
         forced[owed[uniform.rows]] = True
-        inclusion_probabilities[owed[uniform.rows]] = uniform.inclusion_probabilities
+        if inclusion_probabilities is not None:
+            inclusion_probabilities[owed[uniform.rows]] = uniform.inclusion_probabilities
     is_forced = forced.copy()
     hidden: list[NDArray[np.int64]] = []
     columns = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
     if policy.is_adaptive:  # it goes by all samples that have a loss; what it may not leave out is put back
-        free = np.flatnonzero((scores.num_visits > 0) | (not policy.keeps_unvisited))
-        shares = iter([(free, len(free))])
+        has_loss = (scores.num_visits > 0) | (not policy.keeps_unvisited)
+        shares = iter([(_where(has_loss), int(np.count_nonzero(has_loss)))])
     else:
         shares = _shares(spec, is_forced, groups, mixture)
     for free, num_places in shares:
-        kept = policy.keep(
-            {name: column[free] for name, column in columns.items()}, num_places, epoch / spec.num_epochs, bits[free]
-        )
-        ids = free[kept.rows]
+        kept = policy.keep(_Rows(columns, free), num_places, epoch / spec.num_epochs, bits[free])
+        ids = _ids(free, kept.rows)
         forced[ids] = True
-        inclusion_probabilities[ids] = kept.inclusion_probabilities
-        if kept.importance_weights is not None:
+        if inclusion_probabilities is not None:
+            probabilities = kept.inclusion_probabilities
+            inclusion_probabilities[ids] = probabilities() if callable(probabilities) else probabilities
+        if importance_weights is not None and kept.importance_weights is not None:
             importance_weights[ids] = kept.importance_weights
-        hidden.append(free[kept.hidden])
-    sample_ids, hidden_ids = np.flatnonzero(forced), np.concatenate(hidden)
+        hidden.append(_ids(free, kept.hidden))
+    sample_ids, hidden_ids = forced.nonzero()[0].astype(dtype), np.concatenate(hidden).astype(dtype)
     if policy.is_adaptive:
-        inclusion_probabilities[is_forced] = importance_weights[is_forced] = 1
+        for values in (inclusion_probabilities, importance_weights):
+            if values is not None:
+                values[is_forced] = 1
         hidden_ids = hidden_ids[~is_forced[hidden_ids]]
     num_rows = spec.shape(epoch, len(sample_ids), len(hidden_ids)).num_training_rows
     if not num_rows or 0 < len(hidden_ids) < spec.meta_batch_size:
-        return everything
+        return everything()
     if floor is not None and np.count_nonzero(floor) > num_rows:  # whole steps would not hold them
-        return everything
-    return _Kept(
-        Kept(
-            sample_ids,
-            inclusion_probabilities[sample_ids],
-            importance_weights[sample_ids] if policy.weighs else None,
-            hidden_ids,
-        ),
+        return everything()
+    return KeptSamples(
+        sample_ids,
+        None if inclusion_probabilities is None else inclusion_probabilities[sample_ids],
+        None if importance_weights is None else importance_weights[sample_ids],
+        hidden_ids,
         _guarded(sample_ids, num_rows, floor, is_due),
     )
 
 
 def _guarded(
-    sample_ids: NDArray[np.int64], num_rows: int, floor: NDArray[np.bool_] | None, is_due: NDArray[np.bool_]
+    sample_ids: NDArray[Any], num_rows: int, floor: NDArray[np.bool_] | None, is_due: NDArray[np.bool_]
 ) -> NDArray[np.bool_] | None:
     """Which of the kept samples are not to fall out of the whole steps; those that are due if there is room for all."""
     guarded = (is_due if floor is None else is_due | floor)[sample_ids]
@@ -159,13 +191,12 @@ def _shares(
     is_forced: NDArray[np.bool_],
     groups: Groups | None,
     mixture: NDArray[np.float64] | None,
-) -> Iterator[tuple[NDArray[np.int64], int]]:
+) -> Iterator[tuple[NDArray[np.int64] | slice, int]]:
     """What the policy has to choose from and how many of it, at once or, with a mixture, group by group."""
-    free = np.flatnonzero(~is_forced)
-    num_places = spec.num_places - (spec.num_samples - len(free))
     if groups is None or mixture is None:
-        yield free, num_places
+        yield _where(~is_forced), spec.num_places - int(np.count_nonzero(is_forced))
         return
+    free = np.flatnonzero(~is_forced)
     sizes = group_sizes(groups.ids, spec.num_groups)
     least = group_sizes(groups.ids[is_forced], spec.num_groups)
     seen = np.maximum(least, np.minimum(sizes, 1)) if isinstance(spec.mixture, DoReMi) else least
@@ -175,6 +206,16 @@ def _shares(
     by_group = free[np.argsort(groups.ids[free], kind="stable")]
     stops = np.cumsum(sizes - least)
     yield from zip(np.split(by_group, stops[:-1]), places.tolist(), strict=True)
+
+
+def _where(mask: NDArray[np.bool_]) -> NDArray[np.int64] | slice:
+    """The rows of a mask; if these are all, as a slice, with which nothing is copied."""
+    return slice(None) if mask.all() else np.flatnonzero(mask)
+
+
+def _ids(free: NDArray[np.int64] | slice, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sample ids of rows of what was free."""
+    return rows if isinstance(free, slice) else free[rows]
 
 
 def permutation(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -227,49 +268,51 @@ def plan_epoch(
     mixture: NDArray[np.float64] | None = None,
 ) -> Plan:
     """Prune, shuffle, cut to whole steps: a pure function of the scores, the groups, their mixture and the seed."""
-    kept, is_guarded = keep_samples(spec, epoch, scores, groups, mixture)
-    shape = spec.shape(epoch, len(kept.rows), len(kept.hidden))
+    kept = keep_samples(spec, epoch, scores, groups, mixture)
+    num_kept = len(kept.sample_ids)
+    shape = spec.shape(epoch, num_kept, len(kept.hidden_ids))
     num_training_rows = shape.num_training_rows
-    order = permutation(random_bits(spec.seed, Purpose.SHUFFLE, epoch, 0, 0, len(kept.rows)))
+    order = permutation(random_bits(spec.seed, Purpose.SHUFFLE, epoch, 0, 0, num_kept))
     probabilities = kept.inclusion_probabilities
-    if is_guarded is None:
+    if kept.is_guarded is None:
         order = order[:num_training_rows]
     else:  # what falls out of the whole steps is none of what has to be visited
-        others = np.flatnonzero(~is_guarded[order])
+        others = np.flatnonzero(~kept.is_guarded[order])
         num_left = len(others) - (len(order) - num_training_rows)
         order = np.delete(order, others[num_left:])
         # Without the others at its end, these would make up the last steps.
         order = order[permutation(random_bits(spec.seed, Purpose.SHUFFLE_GUARDED, epoch, 0, 0, len(order)))]
-        is_cut_to = num_training_rows / len(kept.rows)
-        probabilities = probabilities * np.where(is_guarded, 1.0, num_left / max(len(others), 1)) / is_cut_to
+        if probabilities is not None:
+            is_cut_to = num_training_rows / num_kept
+            probabilities = probabilities * np.where(kept.is_guarded, 1.0, num_left / max(len(others), 1)) / is_cut_to
     if spec.shard_sizes:
         order.sort()  # what falls out of the whole steps is drawn from all shards, not from the last ones
-        order = order[shuffle_by_shard(spec, epoch, kept.rows[order])]
-    sample_ids = kept.rows[order]
+        order = order[shuffle_by_shard(spec, epoch, kept.sample_ids[order])]
+    sample_ids = kept.sample_ids[order]
     importance_weights = None
-    if spec.importance_weight != "none":
-        importance_weights = len(kept.rows) / (spec.num_samples * probabilities[order])
+    if probabilities is not None:
+        importance_weights = num_kept / (spec.num_samples * probabilities[order])
     elif spec.has_set_weights:
         importance_weights = np.ones(len(order)) if kept.importance_weights is None else kept.importance_weights[order]
     if shape.num_hidden_steps:
-        hidden = permutation(random_bits(spec.seed, Purpose.SHUFFLE_HIDDEN, epoch, 0, 0, len(kept.hidden)))
+        hidden = permutation(random_bits(spec.seed, Purpose.SHUFFLE_HIDDEN, epoch, 0, 0, len(kept.hidden_ids)))
         hidden = np.sort(hidden[: shape.num_hidden_steps * shape.step_rows])  # the order in which they are best read
-        sample_ids = np.concatenate([sample_ids, kept.hidden[hidden]])
+        sample_ids = np.concatenate([sample_ids, kept.hidden_ids[hidden]])
         if importance_weights is not None:
             importance_weights = np.concatenate([importance_weights, np.zeros(len(hidden))])
     table = Table(
-        sample_ids.astype(sample_id_dtype(spec.num_samples)),
+        sample_ids,
         scores.scores[sample_ids],
         None if importance_weights is None else importance_weights.astype(np.float32),
     )
     return Plan(table, shape)
 
 
-def count_new(num_samples: int, sample_ids_before: NDArray[Any], sample_ids: NDArray[Any]) -> int:
-    """How many samples of one epoch's table are not in that of the epoch before; ids are in [0, num_samples)."""
-    was_there = np.zeros(num_samples, np.bool_)
-    was_there[sample_ids_before] = True
-    return len(sample_ids) - int(np.count_nonzero(was_there[sample_ids]))
+def mask_of(num_samples: int, sample_ids: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which samples are among some: bool [num_samples]."""
+    mask = np.zeros(num_samples, np.bool_)
+    mask[sample_ids] = True
+    return mask
 
 
 class Report(NamedTuple):
@@ -286,52 +329,59 @@ class Report(NamedTuple):
     columns: Mapping[str, NDArray[np.float32]]
 
 
-def fold_epoch(
-    spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], report: Report
-) -> tuple[Scores, FoldCounts]:
+def fold_epoch(spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], report: Report) -> FoldCounts:
     """Take what was reported of an epoch into the scores. A sample without a finite loss stays as it was.
 
     Where a loss is finite but another column of its row is not, the row counts as not finite, too.
 
     Args:
-        scores: at the epoch's start; not changed.
+        scores: at the epoch's start; their arrays are changed to what they are at the next one's. (They may be large.)
         sample_ids: [num_rows], each at most once.
 
     Returns:
-        The scores at the next epoch's start, and what became of the rows.
+        What became of the rows.
     """
     losses = report.losses
     finite = np.isfinite(losses)
     for column in report.columns.values():
         finite &= np.isfinite(column)
-    ids, chosen_ids = sample_ids[finite], sample_ids[report.chosen]
-    before = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
-    folded = spec.policy.fold(
-        {name: column[ids] for name, column in before.items()},
-        clipped_losses(losses[finite], spec.loss_clip_quantile),
-        {name: column[finite] for name, column in report.columns.items()},
-    )
-    after = {name: column.copy() for name, column in before.items()}
-    for name, column in after.items():
-        column[ids] = folded[name]
-    num_visits, num_chosen = scores.num_visits.copy(), scores.num_chosen.copy()
-    num_visits[ids] += np.uint32(1)
-    num_chosen[chosen_ids] = np.minimum(num_chosen[chosen_ids], np.uint16(65_534)) + np.uint16(1)
+    num_finite = int(np.count_nonzero(finite))
     num_unreported = int(np.count_nonzero(np.isnan(losses)))
-    counts = FoldCounts(len(ids), len(losses) - len(ids) - num_unreported, num_unreported)
-    return Scores(
-        after.pop("scores"),
-        after.pop("sampling_weights"),
-        num_visits,
-        _aged(scores.staleness, ids),
-        num_chosen,
-        _aged(scores.chosen_staleness, chosen_ids),
-        after,
-    ), counts
+    if num_finite < len(losses) or spec.loss_clip_quantile < 1:
+        clipped = clipped_losses(losses[finite], spec.loss_clip_quantile)
+        losses = np.full(len(losses), np.nan, np.float32)
+        losses[finite] = clipped
+
+    def by_sample(values: NDArray[Any], of_others: float | bool) -> NDArray[Any]:
+        found = np.full(len(scores.scores), of_others, values.dtype)
+        found[sample_ids] = values
+        return found
+
+    # Only this goes back and forth in memory. All else is done in blocks of samples, which stay in the cache.
+    new_losses, chosen = by_sample(losses, np.nan), by_sample(report.chosen, False)
+    reported = {name: by_sample(values, np.nan) for name, values in report.columns.items()}
+    columns = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
+    for first in range(0, len(new_losses), _BLOCK_ROWS):
+        block = slice(first, first + _BLOCK_ROWS)
+        visited = ~np.isnan(new_losses[block])
+        before = {name: column[block][visited] for name, column in columns.items()}
+        reported_here = {name: values[block][visited] for name, values in reported.items()}
+        for name, values in spec.policy.fold(before, new_losses[block][visited], reported_here).items():
+            columns[name][block][visited] = values
+        _count(scores.num_visits[block], visited)
+        _count(scores.num_chosen[block], chosen[block])
+        _age(scores.staleness[block], visited)
+        _age(scores.chosen_staleness[block], chosen[block])
+    return FoldCounts(num_finite, len(losses) - num_finite - num_unreported, num_unreported)
 
 
-def _aged(staleness: NDArray[np.uint8], ids: NDArray[Any]) -> NDArray[np.uint8]:
-    """One more epoch has ended; for `ids` none since."""
-    aged = np.minimum(staleness, np.uint8(254)) + np.uint8(1)
-    aged[ids] = 0
-    return aged
+def _count(counts: NDArray[np.uint16], seen: NDArray[np.bool_]) -> None:
+    """One more for those that were seen, as far as the type holds it."""
+    counts += seen & (counts < np.iinfo(counts.dtype).max)
+
+
+def _age(staleness: NDArray[np.uint8], seen: NDArray[np.bool_]) -> None:
+    """One more epoch has ended; for those that were seen none since."""
+    np.minimum(staleness, np.uint8(254), out=staleness)
+    staleness += np.uint8(1)
+    staleness[seen] = 0

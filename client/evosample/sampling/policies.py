@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, cast, get_args
 
@@ -28,13 +28,13 @@ class Kept(NamedTuple):
 
     Attributes:
         rows: int64 [k], ascending.
-        inclusion_probabilities: float64 [k].
+        inclusion_probabilities: float64 [k], or what computes them: they are asked for where importance weights are.
         importance_weights: float64 [k], the policy's own; None: all ones. They count with importance_weight="none".
         hidden: int64 [h], ascending: rows that are not kept but scored, without training, at the epoch's end.
     """
 
     rows: NDArray[np.int64]
-    inclusion_probabilities: NDArray[np.float64]
+    inclusion_probabilities: NDArray[np.float64] | Callable[[], NDArray[np.float64]]
     importance_weights: NDArray[np.float64] | None = None
     hidden: NDArray[np.int64] = _NO_ROWS
 
@@ -91,6 +91,8 @@ class Policy:
     def fold(self, before: Columns, losses: NDArray[np.float32], reported: Columns) -> Columns:
         """The columns of m visited samples after their losses: "scores", "sampling_weights", and the policy's own.
 
+        Called for some of an epoch's samples at a time: what becomes of one is not to depend on the others.
+
         Args:
             before: as they were, float32 [m] each.
             losses: float32 [m], finite and >= 0.
@@ -129,7 +131,8 @@ class Policy:
             progress: the share of the run's epochs that have ended.
             bits: uint64 [m], independent random bits.
         """
-        return Kept(*draw(self.set_draw, self.prune_weights(columns), num_places, bits))
+        drawn = draw(self.set_draw, self.prune_weights(columns), num_places, bits)
+        return Kept(drawn.rows, lambda: drawn.inclusion_probabilities)
 
     def prune_weights(self, columns: Columns) -> NDArray[np.float32]:
         """What the set level's draw is proportional to: float32 [m]. All zero, as here, makes it uniform."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class Scores(NamedTuple):
     Attributes:
         scores: float32 [n], s: an exponential moving average of the sample's losses.
         sampling_weights: float32 [n], w: what a draw is proportional to.
-        num_visits: uint32 [n], how many finite losses the sample has had.
+        num_visits: uint16 [n], how many finite losses the sample has had, at most 65,535.
         staleness: uint8 [n], epochs that have ended since its last finite loss (or the start), at most 255.
         num_chosen: uint16 [n], how many times it was chosen for back-propagation, at most 65,535.
         chosen_staleness: uint8 [n], epochs that have ended since it was last chosen (or the start), at most 255.
@@ -28,11 +28,18 @@ class Scores(NamedTuple):
 
     scores: NDArray[np.float32]
     sampling_weights: NDArray[np.float32]
-    num_visits: NDArray[np.uint32]
+    num_visits: NDArray[np.uint16]
     staleness: NDArray[np.uint8]
     num_chosen: NDArray[np.uint16]
     chosen_staleness: NDArray[np.uint8]
     columns: Mapping[str, NDArray[np.float32]]
+
+    def copy(self) -> Scores:
+        """The same in arrays of their own."""
+        fixed: Sequence[NDArray[Any]] = self[:-1]
+        return Scores._make(
+            [*(values.copy() for values in fixed), {name: values.copy() for name, values in self.columns.items()}]
+        )
 
 
 def check_scores(field: str, values: NDArray[np.float32]) -> None:
@@ -49,7 +56,7 @@ def initial_scores(num_samples: int, columns: Mapping[str, float] = MappingProxy
     return Scores(
         np.full(num_samples, start),
         np.full(num_samples, start),
-        np.zeros(num_samples, np.uint32),
+        np.zeros(num_samples, np.uint16),
         np.zeros(num_samples, np.uint8),
         np.zeros(num_samples, np.uint16),
         np.zeros(num_samples, np.uint8),
@@ -84,6 +91,8 @@ def updated_scores(prior_scores: NDArray[np.float32], losses: NDArray[np.float32
 
 def check_losses(losses: NDArray[np.float32]) -> None:
     """Raises InvalidValue if a finite loss is negative. Non-finite ones pass: they are recorded as not visited."""
+    if losses.min(initial=0) == 0:  # the usual case; a NaN comes out as NaN
+        return
     with np.errstate(invalid="ignore"):
         negative = (losses < 0) & (losses > -np.inf)
     if negative.any():

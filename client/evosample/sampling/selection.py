@@ -50,24 +50,27 @@ def select_mini_batch(
         set_importance_weights: float32 [B / W], the set level's; None where all are one.
     """
     num_rows = len(losses)
-    rows = np.arange(num_rows if shape.step_trains(step) else 0)
-    batch_weights = np.ones(len(rows))
     if shape.step_selects(step):
         num_chosen = shape.trained_rows // world_size
         bits = random_bits(spec.seed, Purpose.SELECT, epoch, step, rank * num_rows, num_rows)
         finite = np.isfinite(losses)
-        drawn_from = np.flatnonzero(finite)
-        if len(drawn_from) >= num_chosen:
-            clipped = clipped_losses(losses[finite], spec.loss_clip_quantile)
-            weights = spec.policy.sampling_weights(prior_scores[finite], clipped, num_chosen)
+        num_finite = np.count_nonzero(finite)
+        # All rows are the usual case: a slice copies nothing.
+        drawn_from = finite.nonzero()[0] if num_chosen <= num_finite < num_rows else slice(None)
+        if num_finite >= num_chosen:
+            clipped = clipped_losses(losses[drawn_from], spec.loss_clip_quantile)
+            weights = spec.policy.sampling_weights(prior_scores[drawn_from], clipped, num_chosen)
         else:  # these come first whatever they weigh
-            drawn_from, weights = rows, finite.astype(np.float32)
-        rows, inclusion_probabilities = draw(spec.policy.batch_draw, weights, num_chosen, bits[drawn_from])
-        rows = drawn_from[rows]
-        batch_weights = num_chosen / (num_rows * inclusion_probabilities)
+            weights = finite.astype(np.float32)
+        drawn = draw(spec.policy.batch_draw, weights, num_chosen, bits[drawn_from])
+        rows = drawn.rows if isinstance(drawn_from, slice) else drawn_from[drawn.rows]
+    else:
+        rows = np.arange(num_rows if shape.step_trains(step) else 0)
     if set_importance_weights is None and spec.importance_weight == "none":
         return MiniBatch(rows, np.ones(len(rows), np.float32))
-    importance_weights = np.ones(len(rows)) if spec.importance_weight == "none" else batch_weights
+    importance_weights = np.ones(len(rows))
+    if spec.importance_weight != "none" and shape.step_selects(step):
+        importance_weights = num_chosen / (num_rows * drawn.inclusion_probabilities)
     if set_importance_weights is not None:
         importance_weights *= set_importance_weights[rows]
     if spec.importance_weight == "self_normalized" and len(rows):

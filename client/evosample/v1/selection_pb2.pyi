@@ -1512,7 +1512,7 @@ class ImportScoresRequest(google.protobuf.message.Message):
     sampling_weights: builtins.bytes
     """float32 a sample; finite, >= 0."""
     num_visits: builtins.bytes
-    """uint32 a sample: finite losses behind its score. Samples with 0 are visited before all others. Empty: 1 each."""
+    """uint16 a sample: finite losses behind its score. Samples with 0 are visited before all others. Empty: 1 each."""
     num_samples: builtins.int
     """In the first message only: samples that follow in all. INVALID_ARGUMENT unless the experiment has as many."""
     @property
@@ -1700,7 +1700,7 @@ class ExportScoresResponse(google.protobuf.message.Message):
     sampling_weights: builtins.bytes
     """float32 a sample."""
     num_visits: builtins.bytes
-    """uint32 a sample: finite losses so far."""
+    """uint16 a sample: finite losses so far, at most 65,535."""
     staleness: builtins.bytes
     """uint8 a sample: epochs that have ended since its last finite loss (or the start), at most 255."""
     num_chosen: builtins.bytes
