@@ -42,8 +42,8 @@ from evosample.sampling import (
     check_scores,
     checksum,
     initial_scores,
-    part,
     recorded_losses,
+    sample_id_dtype,
     select_mini_batch,
     shown,
 )
@@ -631,22 +631,14 @@ class Experiments:
     async def _rows(
         self, head: Head, shape: EpochShape, rank: int, first_step: int, stop: int
     ) -> AsyncIterator[EpochRows]:
-        row_bytes = sum(rows.itemsize for rows in await self._store.read_table(head, 0, 0) if rows is not None)
+        id_bytes = sample_id_dtype(head.spec.num_samples).itemsize
+        row_bytes = id_bytes + (8 if head.spec.has_set_weights else 4)
         chunk = max(_TARGET_MESSAGE_BYTES // (row_bytes * shape.step_rows // head.world_size), 1)
         for step in range(first_step, stop, chunk):
-            rows = await self._part(head, shape, rank, step, min(chunk, stop - step))
-            num_rows = rows.table.sample_ids.size
+            table = await self._store.read_part(head, rank, step, min(chunk, stop - step))
+            num_rows = table.sample_ids.size
             self._metrics.streamed(num_rows, num_rows * row_bytes)
-            yield rows
-
-    async def _part(self, head: Head, shape: EpochShape, rank: int, first_step: int, num_steps: int) -> EpochRows:
-        rows = await self._store.read_table(head, first_step * shape.step_rows, num_steps * shape.step_rows)
-
-        def mine(column: NDArray[Any]) -> NDArray[Any]:
-            return part(column, shape.step_rows, rank, head.world_size)
-
-        weights = None if rows.importance_weights is None else mine(rows.importance_weights)
-        return EpochRows(first_step, Table(mine(rows.sample_ids), mine(rows.prior_scores), weights))
+            yield EpochRows(step, table)
 
     async def report(
         self,
@@ -733,7 +725,7 @@ class Experiments:
         shape = head.shape
         check_int("step", step, 0, shape.num_steps - 1)
         report = self._report(head, 1, losses, columns)
-        rows = (await self._part(head, shape, member.rank, step, 1)).table
+        rows = await self._store.read_part(head, member.rank, step, 1)
         mini_batch = select_mini_batch(
             head.spec,
             shape,

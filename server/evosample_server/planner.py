@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from weakref import WeakValueDictionary
 
@@ -166,7 +166,7 @@ class Planner:
         store, spec = self._store, head.spec
         epoch, plan_id = head.epoch, head.plan_id
         was_there: NDArray[np.bool_] | None = None
-        folded: EpochSummary | None = None
+        summarize: Callable[[], EpochSummary] | None = None
         next_spec = self.next_spec(head)
         groups, mixture = await self._read_groups(head, plan_id, next_spec.num_samples)
         is_replan = head.state == "unplanned" and bool(plan_id)  # someone went back to an epoch that kept its scores
@@ -196,8 +196,16 @@ class Planner:
                         by_group = await asyncio.to_thread(
                             summarize_groups, spec, first_groups, mixture, sample_ids, report.losses
                         )
-                    summarize = functools.partial(summarize_epoch, trained_before=so_far.trained_rows, groups=by_group)
-                    folded = await asyncio.to_thread(summarize, epoch, head.shape, report.losses, counts, scores)
+                summarize = functools.partial(
+                    summarize_epoch,
+                    epoch,
+                    head.shape,
+                    report.losses,
+                    counts,
+                    scores,
+                    trained_before=so_far.trained_rows,
+                    groups=by_group,
+                )
                 was_there = await asyncio.to_thread(mask_of, next_spec.num_samples, sample_ids)
                 del report, sample_ids  # of a large dataset they are large
                 if mixture is not None and spec.mixture is not None:
@@ -221,7 +229,7 @@ class Planner:
             mixture,
             has_scores=is_replan,
             was_there=was_there,
-            folded=folded,
+            summarize=summarize,
         )
 
     @staticmethod
@@ -279,7 +287,7 @@ class Planner:
         *,
         has_scores: bool = False,
         was_there: NDArray[np.bool_] | None = None,
-        folded: EpochSummary | None = None,
+        summarize: Callable[[], EpochSummary] | None = None,
         is_imported: bool = False,
     ) -> bool:
         """Write the scores and the table of `epoch`, and move the head to it; False if another got there first.
@@ -287,13 +295,15 @@ class Planner:
         Args:
             has_scores: whether the store has this plan's scores already.
             was_there: bool [n], which samples the epoch before had; None: there was none.
+            summarize: sums up the epoch before.
         """
         store = self._store
         is_last = epoch == spec.num_epochs
         crc = 0
         new_rows = shape = table = None
-        # The store takes the scores while the table is made.
+        # While the table is made, the store takes the scores, and another thread sums up the epoch before.
         writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
+        summing = None if summarize is None else asyncio.create_task(asyncio.to_thread(summarize))
         try:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):
@@ -304,9 +314,11 @@ class Planner:
                         new_rows = len(table.sample_ids) - num_there
             if writing is not None and not await writing:
                 return False
+            folded = None if summing is None else await summing
         finally:
-            if writing is not None:
-                writing.cancel()  # no effect on one that is done
+            for task in (writing, summing):
+                if task is not None:
+                    task.cancel()  # no effect on one that is done
         if table is not None:
             with self._phase("write_table"):
                 if not await store.write_table(head, plan_id, table):

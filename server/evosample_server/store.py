@@ -837,16 +837,27 @@ class Store:
         own = [await read(column, np.float32) for column in _policy_columns(head.spec.policy.columns)]
         return Scores._make([*fixed, dict(zip(head.spec.policy.columns, own, strict=True))])
 
-    async def read_table(self, head: Head, first: int, count: int) -> Table:
-        """Rows [first, first + count) of the current epoch's table."""
-        num_rows = head.shape.num_rows
-        dtypes = (sample_id_dtype(head.spec.num_samples), np.dtype(np.float32), np.dtype(np.float32))
-        has_weights = head.spec.has_set_weights
-        columns = [
-            await self._read(head, head.plan_id, column, dtype, first, count, num_rows)
-            for column, dtype in zip(_TABLE_COLUMNS[: 3 if has_weights else 2], dtypes, strict=False)
-        ]
-        return Table(columns[0], columns[1], columns[2] if has_weights else None)
+    async def read_part(self, head: Head, rank: int, first_step: int, num_steps: int) -> Table:
+        """A rank's rows of consecutive steps of the current epoch's table, [num_steps, part rows] each."""
+        rows = head.shape.step_rows
+
+        async def read(column: str, dtype: DTypeLike) -> NDArray[Any]:
+            pieces = []
+            step, stop = first_step, first_step + num_steps
+            while step < stop:  # whole steps of one block, of which only the part is copied; or one that lies in two
+                in_block = (step * rows // BLOCK_ROWS + 1) * BLOCK_ROWS // rows
+                until = min(max(in_block, step + 1), stop)
+                place = (step * rows, (until - step) * rows, head.shape.num_rows)
+                whole = await self._read(head, head.plan_id, column, dtype, *place)
+                pieces.append(part(whole, rows, rank, head.world_size))
+                step = until
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+        return Table(
+            await read("sample_id", sample_id_dtype(head.spec.num_samples)),
+            await read("prior_score", np.float32),
+            await read("importance_weight", np.float32) if head.spec.has_set_weights else None,
+        )
 
     async def read_sample_ids(self, head: Head) -> NDArray[Any]:
         """The whole table's, of a sealed epoch: nobody will read it again."""

@@ -355,7 +355,9 @@ def test_a_thin_client_gets_the_choices_that_other_clients_draw_themselves(
     np.testing.assert_array_equal(np.frombuffer(job.export()[0], "<f4"), local.export_scores().scores)
 
 
-def test_one_message_carries_many_steps_up_to_about_half_a_mebibyte(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
+def test_one_message_carries_many_steps_up_to_about_half_a_mebibyte(
+    stub: pb_grpc.SelectionServiceStub, name: str
+) -> None:
     ref = pb.ExperimentRef(name=name)
     big = spec(num_samples=1_000_000, meta_batch_size=256)
     ref = stub.CreateExperiment(pb.CreateExperimentRequest(ref=ref, spec=big)).experiment.ref

@@ -218,19 +218,22 @@ def _ids(free: NDArray[np.int64] | slice, rows: NDArray[np.int64]) -> NDArray[np
     return rows if isinstance(free, slice) else free[rows]
 
 
-def permutation(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A uniform permutation of 0..len(bits)-1: indices sorted by random bits, packed into the same 64-bit word.
+def permutation(bits: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A uniform permutation of 0..len(bits)-1: indices sorted by the upper 24 of their random bits.
 
-    Packed words sort several times faster than an argsort. The random half has 64 - log2(n) bits; what ties remain
-    are broken by index, a bias below 2^-10 of a swap per pair even at n = 2^32.
+    Ties are broken by index, a bias of 2^-24 of a swap per pair. Sorted by the first eight bits, which cuts them into
+    256 stretches, and then stretch by stretch by the others: twice as fast as one sort, since that would go back and
+    forth over the whole of a large array, and numpy sorts keys of 8 and of 16 bits without comparing them.
     """
-    n = len(bits)
-    index_bits = np.uint64((n - 1).bit_length() if n else 0)
-    packed = bits >> index_bits << index_bits
-    packed |= np.arange(n, dtype=np.uint64)
-    packed.sort()
-    packed &= (np.uint64(1) << index_bits) - np.uint64(1)
-    return packed
+    first = (bits >> np.uint64(56)).astype(np.uint8)
+    order = np.argsort(first, kind="stable")
+    others = (bits >> np.uint64(40)).astype(np.uint16)[order]
+    start = 0
+    for stop in np.cumsum(np.bincount(first, minlength=256)).tolist():
+        stretch = order[start:stop]
+        stretch[:] = stretch[np.argsort(others[start:stop], kind="stable")]
+        start = stop
+    return order
 
 
 def shuffle_by_shard(spec: ExperimentSpec, epoch: int, sample_ids: NDArray[Any]) -> NDArray[np.intp]:

@@ -1,0 +1,116 @@
+"""Measure evosample beside what one would use instead: `make bench`.
+
+Writes benchmarks/results.json and docs/performance.md. Every ratio is of figures that were taken in the same run, side
+by side and in turn; medians, with the least and the most beside them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from performance import page
+from performance.memory import memory
+from performance.rows import Row
+from performance.sharing import sharing
+from performance.starting import saving, starting
+from performance.steps import steps
+from performance.streaming import reporting, streaming
+from performance.turns import streams_beside_a_turn, turns
+from rich.console import Console
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results.json"
+_WORST_REGRESSION = 2.0
+
+
+def suite() -> Iterator[Row]:
+    """What `make bench` measures, under ten minutes on two cores."""
+    yield from streaming(10_000_000, 7)
+    yield from reporting(4_000_000, 7)
+    yield from steps(2_000, 7)
+    yield from turns([100_000, 1_280_000, 10_000_000], 5)
+    yield from streams_beside_a_turn(10_000_000, 3)
+    yield from memory(10_000_000)
+    yield from sharing(8_000_000, 5)
+    yield from starting(7)
+    yield from saving()
+
+
+def short() -> Iterator[Row]:
+    """A minute of it: the ratios that a change can spoil."""
+    yield from streaming(2_000_000, 5)
+    yield from steps(1_000, 3)
+    yield from turns([100_000, 1_280_000], 5)
+    yield from sharing(2_000_000, 3)
+
+
+def large() -> Iterator[Row]:
+    """100 million samples: some ten minutes, 12 GB of memory and 20 GB of disk."""
+    yield from turns([100_000_000], 1)
+    yield from memory(100_000_000)
+
+
+_FORMS = {"suite": suite, "short": short, "large": large}
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_bytes / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def regressions(rows: list[Row], before: dict[str, Any]) -> list[str]:
+    """The ratios that are more than a factor of two worse than in the results that are kept."""
+    kept = {(row["name"].split(",")[0], row["compared_with"]): row["ratio"] for row in before["rows"]}
+    found = []
+    for row in rows:
+        was = kept.get((row.name.split(",")[0], row.compared_with))
+        if was is None or row.ratio is None:
+            continue
+        worse_by = was / row.ratio if row.higher_is_better else row.ratio / was
+        if worse_by > _WORST_REGRESSION:
+            found.append(f"{row.name}, against {row.compared_with}: {row.ratio:.3g}, was {was:.3g}")
+    return found
+
+
+def main(
+    form: Annotated[str, typer.Option(help=f"Of {', '.join(_FORMS)}.")] = "suite",
+    check: Annotated[
+        bool, typer.Option("--check", help="Keep nothing; fail if a ratio is more than twice as bad as it was.")
+    ] = False,
+) -> None:
+    """Measure, show, and keep the results."""
+    console = Console()
+    rows: list[Row] = []
+    with console.status("measuring") as status:
+        for row in _FORMS[form]():
+            rows.append(row)
+            console.print(page.line_of(row))
+            status.update(f"{len(rows)} rows so far")
+    if check:
+        found = regressions(rows, json.loads(RESULTS.read_text()))
+        if found:
+            raise SystemExit("\n".join(["a ratio is more than twice as bad as it was:", *found]))
+        return
+    page.keep(rows, form, machine(), datetime.datetime.now(datetime.UTC).date(), RESULTS, ROOT / "docs/performance.md")
+
+
+if __name__ == "__main__":
+    typer.run(main)

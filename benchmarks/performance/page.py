@@ -1,0 +1,69 @@
+"""What was measured, for people and for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from performance.rows import Row
+
+_PAGE = """# Performance
+
+What evosample does beside what one would use instead, in the same run: both in turn, medians of several repetitions,
+the least and the most in brackets. A ratio is the median of ratios of figures taken side by side, so that what slows
+both down falls out; go by it rather than by the figures, which are of {cores} cores of a shared machine ({processor},
+{memory_gib} GiB, {system}, Python {python}).
+
+`make bench` measures all of this in less than ten minutes and makes this page (last on {date}); `make bench-large`
+adds 100 million samples. CI runs a short form, and fails if a ratio is more than twice as bad as here.
+
+| what | measured | promised | compared with | that | ratio | promised | met |
+|---|--:|--:|---|--:|--:|--:|---|
+{rows}
+"""
+
+
+def line_of(row: Row) -> str:
+    """A row for the terminal."""
+    said = f"{row.name}: {_number(row.value)} {row.unit} [{_number(min(row.values))}, {_number(max(row.values))}]"
+    if row.target is not None:
+        said += f" (promised: {_number(row.target)})"
+    if row.ratio is not None:
+        said += f"; {row.ratio:.3g} times {row.compared_with}"
+        if row.ratio_target is not None:
+            said += f" (promised: {_bound(row.higher_is_better)} {row.ratio_target:g})"
+    return said if row.met else f"{said}  -- NOT MET"
+
+
+def keep(rows: list[Row], form: str, machine: dict[str, Any], date: datetime.date, results: Path, page: Path) -> None:
+    """Put the rows in the place of those of the same form, and make the page anew."""
+    kept = json.loads(results.read_text())["rows"] if results.exists() else []
+    all_rows = [row for row in kept if row["form"] != form] + [row.as_dict() | {"form": form} for row in rows]
+    found = {"date": date.isoformat(), "machine": machine, "rows": all_rows}
+    results.write_text(json.dumps(found, indent=2) + "\n")
+    lines = "\n".join(map(_table_row, all_rows))
+    page.write_text(_PAGE.format(**machine, date=date.isoformat(), rows=lines))
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    bound = _bound(row["higher_is_better"])
+    spread = "" if row["low"] == row["high"] else f" [{_number(row['low'])}, {_number(row['high'])}]"
+    name = f"{row['name']} ({row['note']})" if row["note"] else row["name"]
+    cells = [name, f"{_number(row['value'])}{spread} {row['unit']}"]
+    cells.append("" if row["target"] is None else f"{bound} {_number(row['target'])}")
+    if row["ratio"] is None:
+        cells += ["", "", "", ""]
+    else:
+        cells += [row["compared_with"], _number(row["compared_value"]), f"{row['ratio']:.3g}"]
+        cells.append("" if row["ratio_target"] is None else f"{bound} {row['ratio_target']:g}")
+    return f"| {' | '.join([*cells, 'yes' if row['met'] else '**no**'])} |"
+
+
+def _bound(higher_is_better: bool) -> str:
+    return "≥" if higher_is_better else "≤"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
