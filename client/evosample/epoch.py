@@ -19,8 +19,11 @@ from evosample.sampling import (
     check_losses,
     recorded_losses,
     select_mini_batch,
+    selection_bits,
 )
 from evosample.v1 import selection_pb2 as pb
+
+_BITS_STEPS = 32
 
 
 class EpochOwner(Protocol):
@@ -182,6 +185,8 @@ class Epoch:
         self._rows: Iterator[tuple[Any, ...]] = iter(())
         self._chunk: Chunk | None = None  # whose rows are being yielded
         self._chunk_begins = first_step
+        self._bits: list[NDArray[np.uint64]] = []
+        self._bits_begin = first_step
 
     @property
     def num_bytes(self) -> int:
@@ -280,7 +285,16 @@ class Epoch:
             prior_scores=prior_scores,
             losses=losses,
             set_importance_weights=set_importance_weights,
+            bits=self._bits_of(batch.step) if batch.selects else None,
         )
+
+    def _bits_of(self, step: int) -> NDArray[np.uint64]:
+        """What a step's draw goes by, made for many steps at a time: one by one they take longer than the draw."""
+        if not self._bits_begin <= step < self._bits_begin + len(self._bits):
+            steps = range(step, min(step + _BITS_STEPS, self.num_steps))
+            self._bits = selection_bits(self._run.spec, self.number, steps, self._run.rank, self.part_rows)
+            self._bits_begin = step
+        return self._bits[step - self._bits_begin]
 
     def _checked(
         self, batch: Batch, losses: Any, columns: Mapping[str, Any]

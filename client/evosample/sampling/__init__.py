@@ -60,7 +60,7 @@ from evosample.sampling.scores import (
     updated_sampling_weights,
     updated_scores,
 )
-from evosample.sampling.selection import MiniBatch, select_mini_batch
+from evosample.sampling.selection import MiniBatch, select_mini_batch, selection_bits
 from evosample.sampling.spec import EpochShape, ExperimentSpec, ImportanceWeight, check_groups
 from evosample.sampling.summary import (
     SCORE_BIN_EDGES,
@@ -139,6 +139,7 @@ __all__ = [
     "sample_id_dtype",
     "score_histogram",
     "select_mini_batch",
+    "selection_bits",
     "shared_out",
     "shown",
     "shuffle_by_shard",

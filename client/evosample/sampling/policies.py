@@ -20,6 +20,7 @@ BatchLevel = Literal["all", "random", "scored"]
 Columns = Mapping[str, NDArray[np.float32]]
 """Named float32 columns of some samples, each [m]: "scores", "sampling_weights", and a policy's own."""
 
+_MOST = np.finfo(np.float32).max
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -149,7 +150,7 @@ class Policy:
             num_chosen: how many of the part's rows will be drawn.
         """
         with np.errstate(over="ignore"):
-            return np.minimum(updated_sampling_weights(prior_scores, losses, self.beta1), np.finfo(np.float32).max)
+            return np.minimum(updated_sampling_weights(prior_scores, losses, self.beta1), _MOST)
 
     def learning_rate_factor(self, num_samples: int, num_hidden: int) -> float:
         """By what the learning rate is to be multiplied in an epoch that hides so many of the samples."""
@@ -404,12 +405,12 @@ class UCB(Policy):
         return 0 if warm_start else 1, 0
 
     def fold(self, before: Columns, losses: NDArray[np.float32], reported: Columns) -> Columns:
-        alpha, mean, most = np.float32(self.alpha), before["scores"], np.finfo(np.float32).max
+        alpha, mean = np.float32(self.alpha), before["scores"]
         with np.errstate(over="ignore"):
-            deviation = np.minimum((losses - mean) ** 2, most)
-            variance = np.minimum((1 - alpha) * before["variance"] + alpha * deviation, most)
+            deviation = np.minimum((losses - mean) ** 2, _MOST)
+            variance = np.minimum((1 - alpha) * before["variance"] + alpha * deviation, _MOST)
             mean = (1 - alpha) * mean + alpha * losses
-            bound = np.minimum(mean + np.float32(self.c) * variance, most)
+            bound = np.minimum(mean + np.float32(self.c) * variance, _MOST)
         return {"scores": mean, "sampling_weights": bound, "variance": variance, "last_loss": losses}
 
     def prune_weights(self, columns: Columns) -> NDArray[np.float32]:

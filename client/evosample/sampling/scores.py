@@ -91,11 +91,11 @@ def updated_scores(prior_scores: NDArray[np.float32], losses: NDArray[np.float32
 
 def check_losses(losses: NDArray[np.float32]) -> None:
     """Raises InvalidValue if a finite loss is negative. Non-finite ones pass: they are recorded as not visited."""
-    if losses.min(initial=0) == 0:  # the usual case; a NaN comes out as NaN
-        return
     with np.errstate(invalid="ignore"):
-        negative = (losses < 0) & (losses > -np.inf)
-    if negative.any():
+        negative = losses < 0
+    if np.count_nonzero(negative):
+        negative &= losses > -np.inf
+    if np.count_nonzero(negative):
         position = int(np.argmax(negative))
         raise InvalidValue(
             "losses",

@@ -36,6 +36,7 @@ def select_mini_batch(
     prior_scores: NDArray[np.float32],
     losses: NDArray[np.float32],
     set_importance_weights: NDArray[np.float32] | None,
+    bits: NDArray[np.uint64] | None = None,
 ) -> MiniBatch:
     """Draw a rank's share of a step's mini-batch: the one definition that clients and servers share.
 
@@ -48,11 +49,13 @@ def select_mini_batch(
         prior_scores: float32 [B / W], scores at the epoch's start.
         losses: float32 [B / W], >= 0; non-finite ones are chosen only to fill up.
         set_importance_weights: float32 [B / W], the set level's; None where all are one.
+        bits: uint64 [B / W], as `selection_bits` gives them for this step, for whoever made them beforehand.
     """
     num_rows = len(losses)
     if shape.step_selects(step):
         num_chosen = shape.trained_rows // world_size
-        bits = random_bits(spec.seed, Purpose.SELECT, epoch, step, rank * num_rows, num_rows)
+        if bits is None:
+            (bits,) = selection_bits(spec, epoch, range(step, step + 1), rank, num_rows)
         finite = np.isfinite(losses)
         num_finite = np.count_nonzero(finite)
         # All rows are the usual case: a slice copies nothing.
@@ -76,3 +79,10 @@ def select_mini_batch(
     if spec.importance_weight == "self_normalized" and len(rows):
         importance_weights *= len(rows) / importance_weights.sum()
     return MiniBatch(rows, importance_weights.astype(np.float32))
+
+
+def selection_bits(
+    spec: ExperimentSpec, epoch: int, steps: range, rank: int, part_rows: int
+) -> list[NDArray[np.uint64]]:
+    """The random bits that a rank draws its mini-batches of some steps by: uint64 [part_rows] each."""
+    return [random_bits(spec.seed, Purpose.SELECT, epoch, step, rank * part_rows, part_rows) for step in steps]
