@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import evosample
 from support import ServerProcess, metrics_address
 
-_SCORES, _TABLE, _LOSSES = 16, 8, 4  # bytes a sample; see docs/operations.md
+_SCORES, _TABLE, _LOSSES = 14, 8, 4  # bytes a sample; see docs/operations.md
 _RETAINED = 2
 _IN_USE = (_SCORES + _LOSSES) * _RETAINED + _TABLE
 _IN_A_TURN = _IN_USE + _SCORES + _TABLE

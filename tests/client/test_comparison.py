@@ -208,8 +208,9 @@ def test_one_seed_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"seeds": []}, "one or more, each once"),
-        ({"seeds": [1, 1]}, "one or more, each once"),
+        ({"seeds": []}, "one or more in a list, each once"),
+        ({"seeds": [1, 1]}, "one or more in a list, each once"),
+        ({"seeds": 3}, "seeds=3: expected one or more in a list, each once"),
         ({"num_epochs": 0}, "at least 1"),
         ({"clock": "sun"}, "expected wall or cpu"),
         ({"methods": {}}, "expected one or more beside RandomSubset"),

@@ -239,8 +239,8 @@ def _check(methods: Mapping[str, Method], seeds: Sequence[int], num_epochs: int,
             "give others of the kind another name",
             field="methods",
         )
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InvalidArgumentError(f"seeds={list(seeds)}: expected one or more, each once", field="seeds")
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
+        raise InvalidArgumentError(f"seeds={seeds!r}: expected one or more in a list, each once", field="seeds")
     if num_epochs < 1:
         raise InvalidArgumentError(f"num_epochs={num_epochs}: expected at least 1", field="num_epochs")
     if clock not in ("wall", "cpu"):
