@@ -5,7 +5,7 @@ BENCH = PYTHONPATH=benchmarks $(BIN)/python -m performance
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak fuzz crowd bench-recovery bench-webdataset bench-accumulation bench-security bench-memory
-.PHONY: bench bench-large bench-draws comparison
+.PHONY: bench bench-check bench-large bench-draws comparison
 .PHONY: test-compose docs screenshots check format generate clean
 
 help: ## Show this list.
@@ -47,6 +47,9 @@ fuzz: .venv/installed ## Send a server 200,000 malformed requests.
 
 bench: .venv/installed .venv/mnist ## Measure everything beside what one would use instead, and make docs/performance.md (ten minutes).
 	$(BENCH)
+
+bench-check: .venv/installed ## A minute of it, which fails if a ratio is more than twice as bad as in docs/performance.md.
+	$(BENCH) --form short --check
 
 bench-large: .venv/installed ## The same with 100 million samples: 15 GB of memory, 30 GB of disk.
 	$(BENCH) --form large

@@ -33,6 +33,7 @@ def steps(num_steps: int, num_repeats: int) -> Iterator[Row]:
             batch.report(losses)
         epoch = next(run)
         tails: list[float] = []
+        means: list[float] = []
 
         def step() -> None:
             batch = epoch.next_batch()
@@ -42,6 +43,7 @@ def steps(num_steps: int, num_repeats: int) -> Iterator[Row]:
         def live() -> float:
             seconds = _timed(step, num_steps)
             tails.append(float(np.percentile(seconds, 99)) * _US)
+            means.append(float(np.mean(seconds)) * _US)
             return float(np.median(seconds)) * _US
 
         plain = PlainSelection(num_samples, chance)
@@ -61,6 +63,7 @@ def steps(num_steps: int, num_repeats: int) -> Iterator[Row]:
         compared=plain_medians,
         ratio_target=3,
     )
+    yield Row(f"{name}: mean", means[1:], "us", higher_is_better=False)
     yield Row(f"{name}: 99th percentile", tails[1:], "us", 1000, higher_is_better=False)
     yield Row("share of a step of 20 ms spent in the client", shares, "%", 1, higher_is_better=False)
 

@@ -64,7 +64,7 @@ _log = logging.getLogger("evosample")
 _SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint16}
 PRIVATE: dict[str, Any] = {"token": "", "tls": False}
 """What to `connect` to a private server with: it is reached by this user alone, and asks for nothing."""
-_IMPORT_ROWS = 40_000  # 12 bytes each, and 4 for each column of the policy: well under 1 MiB
+_IMPORT_ROWS = 40_000  # 10 bytes each, and 4 for each column of the policy: well under 1 MiB
 _GROUP_ROWS = 160_000  # 6 bytes each
 
 

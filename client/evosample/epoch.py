@@ -23,7 +23,7 @@ from evosample.sampling import (
 )
 from evosample.v1 import selection_pb2 as pb
 
-_BITS_STEPS = 32
+_BITS_ROWS = 2**13
 
 
 class EpochOwner(Protocol):
@@ -186,7 +186,7 @@ class Epoch:
         self._chunk: Chunk | None = None  # whose rows are being yielded
         self._chunk_begins = first_step
         self._bits: list[NDArray[np.uint64]] = []
-        self._bits_begin = first_step
+        self._bits_steps = range(0)
 
     @property
     def num_bytes(self) -> int:
@@ -289,12 +289,14 @@ class Epoch:
         )
 
     def _bits_of(self, step: int) -> NDArray[np.uint64]:
-        """What a step's draw goes by, made for many steps at a time: one by one they take longer than the draw."""
-        if not self._bits_begin <= step < self._bits_begin + len(self._bits):
-            steps = range(step, min(step + _BITS_STEPS, self.num_steps))
-            self._bits = selection_bits(self._run.spec, self.number, steps, self._run.rank, self.part_rows)
-            self._bits_begin = step
-        return self._bits[step - self._bits_begin]
+        """What the draw of a step that selects goes by, made for some steps at a time, which takes less time."""
+        if step not in self._bits_steps:
+            interval = self.shape.selecting_interval
+            stop = step + interval * max(_BITS_ROWS // self.part_rows, 1)
+            self._bits_steps = range(step, min(stop, self.shape.num_training_steps), interval)
+            place = (self._run.rank, self.part_rows)
+            self._bits = selection_bits(self._run.spec, self.number, self._bits_steps, *place)
+        return self._bits[self._bits_steps.index(step)]
 
     def _checked(
         self, batch: Batch, losses: Any, columns: Mapping[str, Any]

@@ -34,6 +34,7 @@ from evosample_server.planner import Planner
 from evosample_server.service import SelectionService
 from evosample_server.settings import Settings
 from evosample_server.store import Store
+from evosample_server.tasks import cancelled
 from evosample_server.tls import server_context, server_credentials
 from evosample_server.tokens import Tokens
 from evosample_server.tracing import traced
@@ -158,11 +159,7 @@ async def _serve(
             print(f"dashboard on {dashboard.address}", flush=True)  # noqa: T201
         await stopping.wait()
         _log.info("stopping")
-        pending = set(background)
-        while pending:  # redis-py may swallow a cancellation while it connects
-            for task in pending:
-                task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=0.2)
+        await cancelled(background)
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)
         await probes.stop(None)

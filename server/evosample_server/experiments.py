@@ -111,7 +111,7 @@ class EpochRows(NamedTuple):
 
 
 class ScoreRows(NamedTuple):
-    """Columns of consecutive samples as they came: float32, float32, uint32 or empty, and a policy's own, float32."""
+    """Columns of consecutive samples as they came: float32, float32, uint16 or empty, and a policy's own, float32."""
 
     first_sample: int
     scores: bytes

@@ -39,6 +39,7 @@ from evosample.sampling import (
 from evosample.wire import ExperimentName, ExperimentState
 from evosample_server.metrics import Metrics
 from evosample_server.store import Head, RowCounts, Store
+from evosample_server.tasks import cancelled
 
 _log = structlog.get_logger()
 
@@ -185,7 +186,7 @@ class Planner:
             else:
                 with self._phase("read"):
                     report = await store.read_report(head)
-                    sample_ids = await store.read_sample_ids(head)
+                    sample_ids = await store.take_sample_ids(head)
                     scores = await store.read_scores(head, head.plan_id)
                     so_far = (await store.plan_info(head, head.plan_id)).row_counts
                 with self._phase("fold"), _blaming(spec.policy):
@@ -304,6 +305,7 @@ class Planner:
         # While the table is made, the store takes the scores, and another thread sums up the epoch before.
         writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
         summing = None if summarize is None else asyncio.create_task(asyncio.to_thread(summarize))
+        del summarize  # it holds the losses
         try:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):
@@ -316,9 +318,7 @@ class Planner:
                 return False
             folded = None if summing is None else await summing
         finally:
-            for task in (writing, summing):
-                if task is not None:
-                    task.cancel()  # no effect on one that is done
+            await cancelled(task for task in (writing, summing) if task is not None)
         if table is not None:
             with self._phase("write_table"):
                 if not await store.write_table(head, plan_id, table):

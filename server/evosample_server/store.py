@@ -859,8 +859,8 @@ class Store:
             await read("importance_weight", np.float32) if head.spec.has_set_weights else None,
         )
 
-    async def read_sample_ids(self, head: Head) -> NDArray[Any]:
-        """The whole table's, of a sealed epoch: nobody will read it again."""
+    async def take_sample_ids(self, head: Head) -> NDArray[Any]:
+        """The whole table's, of a sealed epoch: it is not streamed any more, so the cache lets go of it."""
         dtype = sample_id_dtype(head.spec.num_samples)
         sample_ids = await self._read_whole(head, head.plan_id, "sample_id", dtype, head.shape.num_rows)
         self._drop_table(head.keys, head.spec, head.plan_id)

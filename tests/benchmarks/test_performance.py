@@ -1,4 +1,4 @@
-"""The suite's own rules, and its short form beside the results that are kept."""
+"""The suite's own rules."""
 
 from __future__ import annotations
 
@@ -40,19 +40,26 @@ def test_a_ratio_more_than_twice_as_bad_is_a_regression() -> None:
 
     kept = {
         "rows": [
-            {"name": "fast, 10 samples", "compared_with": "raw", "ratio": 0.8},
-            {"name": "slow, 10 samples", "compared_with": "raw", "ratio": 2.0},
+            {"name": "fast, 10 samples, warm", "compared_with": "raw", "ratio": 0.8},
+            {"name": "fast, 10 samples, cold", "compared_with": "raw", "ratio": 0.1},
+            {"name": "fast, 10 samples, warm", "compared_with": "something else", "ratio": 100.0},
+            {"name": "slow, 1,000 samples", "compared_with": "raw", "ratio": 2.0},
+            {"name": "slow, 1,000,000 samples", "compared_with": "raw", "ratio": 1.0},
+            {"name": "without", "compared_with": "", "ratio": None},
         ]
     }
 
     def found(fast: float, slow: float) -> int:
         rows = [
-            Row("fast, 5 samples", [fast], "", compared_with="raw", compared=[1.0]),
-            Row("slow, 5 samples", [slow], "", higher_is_better=False, compared_with="raw", compared=[1.0]),
+            Row("fast, 5 samples, warm", [fast], "", compared_with="raw", compared=[1.0]),
+            Row("slow, 5,000 samples", [slow], "", higher_is_better=False, compared_with="raw", compared=[1.0]),
             Row("new", [1], "", compared_with="raw", compared=[1.0]),
+            Row("without", [1], ""),
         ]
         return len(regressions(rows, kept))
 
     assert found(0.41, 3.9) == 0
     assert found(0.39, 3.9) == 1
     assert found(0.39, 4.1) == 2
+    with pytest.raises(ValueError, match="no row is like"):
+        regressions([Row("new", [1], "", compared_with="raw", compared=[1.0])], kept)

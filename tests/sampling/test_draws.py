@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -220,6 +221,11 @@ def test_weights_at_the_ends_of_what_a_float_holds_are_no_trouble(method: DrawMe
             assert np.isfinite(drawn.inclusion_probabilities).all()
 
 
+def test_weights_that_are_no_numbers_do_not_change_the_number_of_winners() -> None:
+    for weights in ([np.nan] * 5 + [1, 1], [np.nan] * 7):
+        assert len(draw("successive", np.array(weights, np.float32), 3, bits_of(1, 7)[0]).rows) == 3
+
+
 def test_equal_keys_do_not_change_the_number_of_winners() -> None:
     drawn = draw("successive", np.ones(6, np.float32), 3, np.zeros(6, np.uint64))
     assert drawn.rows.tolist() == [0, 1, 2]
@@ -255,6 +261,21 @@ def test_random_numbers_depend_on_nothing_but_their_place() -> None:
     others = [(6, Purpose.SELECT, 3, 4), (5, Purpose.PRUNE, 3, 4), (5, Purpose.SELECT, 4, 4), (5, Purpose.SELECT, 3, 5)]
     for seed, purpose, epoch, step in others:
         assert not (random_bits(seed, purpose, epoch, step, 0, 103) == whole).any()
+
+
+def test_many_random_numbers_are_those_of_their_places_too() -> None:
+    whole = np.concatenate([random_bits(5, Purpose.PRUNE, 1, 0, first, 1000) for first in range(0, 200_000, 1000)])
+    for first, count in [(0, 200_000), (65_533, 70_000), (1, 131_072), (3, 65_533)]:
+        assert (random_bits(5, Purpose.PRUNE, 1, 0, first, count) == whole[first : first + count]).all()
+
+
+def test_threads_draw_the_same_random_numbers() -> None:
+    def drawn(seed: int) -> list[int]:
+        return [int(random_bits(seed, Purpose.SELECT, 1, step, 0, 5000)[-1]) for step in range(200)]
+
+    expected = list(map(drawn, range(8)))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(drawn, range(8))) == expected
 
 
 def test_random_numbers_never_change() -> None:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -643,6 +643,68 @@ def test_a_policy_of_ones_own_may_weigh_and_hide_and_hidden_rows_weigh_nothing()
         )
         trained.append(found.importance_weights.tolist())
     assert trained == [[2.0] * 8, [2.0] * 8, [], []]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meddler(EvolvedSampling):
+    """Changes what it is only to look at."""
+
+    at: str
+
+    def prune_weights(self, columns: Columns) -> NDArray[np.float32]:
+        weights = columns["sampling_weights"]
+        if self.at == "set":
+            weights /= weights.sum()
+        return weights
+
+    def sampling_weights(
+        self, prior_scores: NDArray[np.float32], losses: NDArray[np.float32], num_chosen: int
+    ) -> NDArray[np.float32]:
+        losses /= losses.sum()
+        return losses
+
+
+def test_a_policy_can_not_change_what_it_is_given() -> None:
+    scores = visited(EvolvedSampling(), [1, 2, 3, 4])
+    spec = ExperimentSpec(
+        num_samples=4, num_epochs=4, meta_batch_size=2, mini_batch_size=1, policy=Meddler(prune_ratio=0.5, at="set")
+    )
+    with pytest.raises(ValueError, match="read-only"):
+        keep_samples(spec, 1, scores)
+    losses = np.ones(2, np.float32)
+    with pytest.raises(ValueError, match="read-only"):
+        select_mini_batch(
+            dataclasses.replace(spec, policy=Meddler(prune_ratio=0.5, at="batch")),
+            spec.shape(1),
+            epoch=1,
+            step=0,
+            rank=0,
+            world_size=1,
+            prior_scores=np.ones(2, np.float32),
+            losses=losses,
+            set_importance_weights=None,
+        )
+    losses += 1  # the caller's own can still be changed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetful(EvolvedSampling):
+    """Forgets a column, and can't be asked about no samples at all."""
+
+    columns: ClassVar[Mapping[str, float]] = {"worst": 0.0}
+
+    def fold(self, before: Columns, losses: NDArray[np.float32], reported: Columns) -> Columns:
+        return {**super().fold(before, losses, reported), **({} if losses.max() > 5 else {"worst": losses})}
+
+
+def test_a_policy_that_forgets_a_column_fails_and_is_not_asked_about_no_samples() -> None:
+    spec = ExperimentSpec(num_samples=4, num_epochs=4, meta_batch_size=2, mini_batch_size=1, policy=Forgetful())
+    scores = initial_scores(4, Forgetful.columns)
+    for losses in ([np.nan, np.nan], [1, 2]):
+        fold_epoch(spec, scores, np.arange(2), Report(np.array(losses, np.float32), np.zeros(2, np.bool_), {}))
+    assert scores.columns["worst"].tolist() == [1, 2, 0, 0]
+    with pytest.raises(KeyError, match="worst"):
+        fold_epoch(spec, scores, np.arange(2), Report(np.full(2, 6, np.float32), np.zeros(2, np.bool_), {}))
 
 
 # What is refused

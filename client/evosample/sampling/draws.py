@@ -79,7 +79,7 @@ def race(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Dra
 
     Source: Efraimidis and Spirakis, 2006; Duffield, Lund and Thorup, 2007 (priority sampling, for pi).
     """
-    num_positive = int(np.count_nonzero(weights))
+    num_positive = int(np.count_nonzero(weights > 0))
     if num_positive <= k:  # every positive weight wins; ranking the zero weights by their variates is uniform
         winners = weights > 0
         zero = (~winners).nonzero()[0]
@@ -102,10 +102,10 @@ def _keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np
 def _smallest(
     weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]
 ) -> tuple[NDArray[np.bool_], Callable[[], float]]:
-    """Mask of the k < n smallest keys (equal ones: the first), and the (k+1)-th smallest.
+    """Mask of the k < n smallest keys (equal ones: the first), and a function that gives the (k+1)-th smallest.
 
-    Keys are ranked in float32, which takes half the memory. Rounding keeps their order; of those that round to the
-    value at the border, few at most, it is the float64 ones that decide.
+    Keys are ranked in float32, which takes half the memory. Rounding keeps their order; among those that round to the
+    value at the border, as a rule few, the float64 ones decide.
     """
     n = len(weights)
     keys = np.empty(n, np.float32)

@@ -72,14 +72,16 @@ class KeptSamples(NamedTuple):
 
 
 class _Rows(Mapping[str, NDArray[np.float32]]):
-    """Columns of some samples, of which only those are copied that are looked at."""
+    """Columns of some samples, of which only those are copied that are looked at, and none can be changed."""
 
     def __init__(self, columns: Mapping[str, NDArray[np.float32]], rows: NDArray[np.int64] | slice) -> None:
         self._columns = columns
         self._rows = rows
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return self._columns[name][self._rows]
+        values = self._columns[name][self._rows]
+        values.flags.writeable = False
+        return values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)
@@ -151,11 +153,12 @@ def keep_samples(
         ids = _ids(free, kept.rows)
         forced[ids] = True
         if inclusion_probabilities is not None:
-            probabilities = kept.inclusion_probabilities
-            inclusion_probabilities[ids] = probabilities() if callable(probabilities) else probabilities
+            inclusion_probabilities[ids] = kept.inclusion_probabilities
         if importance_weights is not None and kept.importance_weights is not None:
             importance_weights[ids] = kept.importance_weights
         hidden.append(_ids(free, kept.hidden))
+        del kept, ids  # of a large dataset they are large
+    del bits
     sample_ids, hidden_ids = forced.nonzero()[0].astype(dtype), np.concatenate(hidden).astype(dtype)
     if policy.is_adaptive:
         for values in (inclusion_probabilities, importance_weights):
@@ -221,15 +224,19 @@ def _ids(free: NDArray[np.int64] | slice, rows: NDArray[np.int64]) -> NDArray[np
 def permutation(bits: NDArray[np.uint64]) -> NDArray[np.int64]:
     """A uniform permutation of 0..len(bits)-1: indices sorted by the upper 24 of their random bits.
 
-    Ties are broken by index, a bias of 2^-24 of a swap per pair. Sorted by the first eight bits, which cuts them into
-    256 stretches, and then stretch by stretch by the others: twice as fast as one sort, since that would go back and
-    forth over the whole of a large array, and numpy sorts keys of 8 and of 16 bits without comparing them.
+    Ties are broken by index, a bias of 2^-24 of a swap per pair. (Of many more rows than 2^24, neighbours often are in
+    the order of their indices: that matters little to what is in a batch.)
+
+    Sorted by the first eight bits, which cuts them into 256 stretches, and then stretch by stretch by the others: twice
+    as fast as one sort, since that would go back and forth over the whole of a large array, and numpy sorts keys of 8
+    and of 16 bits without comparing them.
     """
     first = (bits >> np.uint64(56)).astype(np.uint8)
     order = np.argsort(first, kind="stable")
     others = (bits >> np.uint64(40)).astype(np.uint16)[order]
+    stops = np.searchsorted(first, np.arange(256, dtype=np.uint8), side="right", sorter=order)
     start = 0
-    for stop in np.cumsum(np.bincount(first, minlength=256)).tolist():
+    for stop in stops.tolist():
         stretch = order[start:stop]
         stretch[:] = stretch[np.argsort(others[start:stop], kind="stable")]
         start = stop
@@ -250,7 +257,7 @@ def shuffle_by_shard(spec: ExperimentSpec, epoch: int, sample_ids: NDArray[Any])
     sizes = np.array(spec.shard_sizes)
     stops = np.searchsorted(sample_ids, np.cumsum(sizes))
     starts = np.concatenate([[0], stops[:-1]])
-    shards = permutation(random_bits(spec.seed, Purpose.SHUFFLE_SHARDS, epoch, 0, 0, len(sizes))).astype(np.intp)
+    shards = permutation(random_bits(spec.seed, Purpose.SHUFFLE_SHARDS, epoch, 0, 0, len(sizes)))
     blocks = (np.cumsum(sizes[shards]) - sizes[shards]) // spec.shuffle_block_samples
     bits = random_bits(spec.seed, Purpose.SHUFFLE_BLOCKS, epoch, 0, 0, len(sample_ids))
     order = np.empty(len(sample_ids), np.intp)
@@ -367,10 +374,12 @@ def fold_epoch(spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], r
     for first in range(0, len(new_losses), _BLOCK_ROWS):
         block = slice(first, first + _BLOCK_ROWS)
         visited = ~np.isnan(new_losses[block])
-        before = {name: column[block][visited] for name, column in columns.items()}
-        reported_here = {name: values[block][visited] for name, values in reported.items()}
-        for name, values in spec.policy.fold(before, new_losses[block][visited], reported_here).items():
-            columns[name][block][visited] = values
+        if visited.any():
+            before = {name: column[block][visited] for name, column in columns.items()}
+            reported_here = {name: values[block][visited] for name, values in reported.items()}
+            folded = spec.policy.fold(before, new_losses[block][visited], reported_here)
+            for name, column in columns.items():
+                column[block][visited] = folded[name]
         _count(scores.num_visits[block], visited)
         _count(scores.num_chosen[block], chosen[block])
         _age(scores.staleness[block], visited)

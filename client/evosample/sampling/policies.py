@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast, get_args
+from functools import cached_property
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +25,32 @@ _MOST = np.finfo(np.float32).max
 _NO_ROWS = np.empty(0, np.int64)
 
 
-class Kept(NamedTuple):
+class Kept:
     """What a policy keeps of m samples.
 
     Attributes:
         rows: int64 [k], ascending.
-        inclusion_probabilities: float64 [k], or what computes them: they are asked for where importance weights are.
+        inclusion_probabilities: float64 [k]; given as such, or as a function that computes them: where an experiment
+            has no importance weights they are not asked for.
         importance_weights: float64 [k], the policy's own; None: all ones. They count with importance_weight="none".
         hidden: int64 [h], ascending: rows that are not kept but scored, without training, at the epoch's end.
     """
 
-    rows: NDArray[np.int64]
-    inclusion_probabilities: NDArray[np.float64] | Callable[[], NDArray[np.float64]]
-    importance_weights: NDArray[np.float64] | None = None
-    hidden: NDArray[np.int64] = _NO_ROWS
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        inclusion_probabilities: NDArray[np.float64] | Callable[[], NDArray[np.float64]],
+        importance_weights: NDArray[np.float64] | None = None,
+        hidden: NDArray[np.int64] = _NO_ROWS,
+    ) -> None:
+        self.rows = rows
+        self.importance_weights = importance_weights
+        self.hidden = hidden
+        self._probabilities = inclusion_probabilities
+
+    @cached_property
+    def inclusion_probabilities(self) -> NDArray[np.float64]:
+        return self._probabilities() if callable(self._probabilities) else self._probabilities
 
 
 class Policy:

@@ -62,6 +62,7 @@ def select_mini_batch(
         drawn_from = finite.nonzero()[0] if num_chosen <= num_finite < num_rows else slice(None)
         if num_finite >= num_chosen:
             clipped = clipped_losses(losses[drawn_from], spec.loss_clip_quantile)
+            clipped.flags.writeable = False  # they are a policy's to look at, and may be the caller's own
             weights = spec.policy.sampling_weights(prior_scores[drawn_from], clipped, num_chosen)
         else:  # these come first whatever they weigh
             weights = finite.astype(np.float32)

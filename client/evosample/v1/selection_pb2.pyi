@@ -1138,7 +1138,7 @@ global___EpochStart = EpochStart
 
 @typing.final
 class EpochRows(google.protobuf.message.Message):
-    """Consecutive steps of a rank's part; about 1 MiB at most, unless a single step is larger."""
+    """Consecutive steps of a rank's part; about half a MiB at most, unless a single step is larger."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
