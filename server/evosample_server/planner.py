@@ -31,6 +31,7 @@ from evosample.sampling import (
     group_sizes,
     initial_scores,
     mask_of,
+    mean_of_finite,
     plan_epoch,
     summarize_epoch,
     summarize_groups,
@@ -201,7 +202,7 @@ class Planner:
                     summarize_epoch,
                     epoch,
                     head.shape,
-                    report.losses,
+                    await asyncio.to_thread(mean_of_finite, report.losses),
                     counts,
                     scores,
                     trained_before=so_far.trained_rows,
@@ -305,7 +306,6 @@ class Planner:
         # While the table is made, the store takes the scores, and another thread sums up the epoch before.
         writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
         summing = None if summarize is None else asyncio.create_task(asyncio.to_thread(summarize))
-        del summarize  # it holds the losses
         try:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):

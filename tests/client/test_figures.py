@@ -29,6 +29,7 @@ from evosample.sampling import (
     ExperimentSpec,
     FoldCounts,
     initial_scores,
+    mean_of_finite,
     summarize_epoch,
 )
 from evosample.wire import ExperimentStatus, PastEpoch, RankProgress, Watched
@@ -89,7 +90,9 @@ def summary(epoch: int, *, num_never: int = 0, seed: int = 0) -> EpochSummary:
     shape = SPEC.shape(min(epoch, SPEC.num_epochs - 1))
     losses = random.gamma(2, 1, shape.num_rows).astype(np.float32)
     before = SPEC.num_trained_before(min(epoch, SPEC.num_epochs))
-    return summarize_epoch(epoch, shape, losses, FoldCounts(shape.num_rows, 0, 0), scores, trained_before=before)
+    return summarize_epoch(
+        epoch, shape, mean_of_finite(losses), FoldCounts(shape.num_rows, 0, 0), scores, trained_before=before
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from evosample.sampling import (
     Scores,
     fold_epoch,
     initial_scores,
+    mean_of_finite,
     score_histogram,
     summarize_epoch,
 )
@@ -59,7 +60,7 @@ def test_an_epoch_is_summed_up() -> None:
     shape = EpochShape(
         num_steps=1, step_rows=8, trained_rows=4, selecting_interval=1, num_hidden_steps=0, is_annealing=False
     )
-    found = summarize_epoch(2, shape, losses, counts, scores, trained_before=100)
+    found = summarize_epoch(2, shape, mean_of_finite(losses), counts, scores, trained_before=100)
     assert (found.epoch, found.num_rows, found.num_trained, found.total_trained) == (2, 8, 4, 104)
     assert found.counts == (5, 1, 2)
     assert found.mean_loss == 2.5
@@ -76,6 +77,6 @@ def test_an_epoch_without_losses_has_no_mean_loss() -> None:
     losses = np.full(8, np.nan, np.float32)
     scores = initial_scores(40)
     counts = fold(scores, list(range(8)), losses)
-    found = summarize_epoch(0, SPEC.shape(0), losses, counts, scores, trained_before=0)
+    found = summarize_epoch(0, SPEC.shape(0), mean_of_finite(losses), counts, scores, trained_before=0)
     assert np.isnan(found.mean_loss)
     assert found.staleness_histogram.tolist() == [0, 40] + [0] * 15

@@ -87,31 +87,37 @@ def score_histogram(scores: NDArray[np.float32]) -> NDArray[np.int64]:
     return counts
 
 
+def mean_of_finite(losses: NDArray[np.float32]) -> float:
+    """The mean of the losses that are finite; NaN: there is none."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else float("nan")
+
+
 def summarize_epoch(
     epoch: int,
     shape: EpochShape,
-    losses: NDArray[np.float32],
+    mean_loss: float,
     counts: FoldCounts,
     scores: Scores,
     *,
     trained_before: int,
     groups: tuple[GroupSummary, ...] = (),
 ) -> EpochSummary:
-    """An epoch's summary, from its losses, float32 [num_rows], and what folding them has led to.
+    """An epoch's summary, from what folding its losses has led to.
 
     Args:
+        mean_loss: of the losses that are finite; NaN: there is none.
         trained_before: rows that were back-propagated in all earlier epochs.
     """
-    finite = losses[np.isfinite(losses)]
     staleness = np.bincount(scores.staleness, minlength=256)
     hardest = _largest(scores.scores, NUM_HARDEST)
     return EpochSummary(
         epoch=epoch,
-        num_rows=len(losses),
+        num_rows=sum(counts),
         num_trained=shape.num_trained,
         total_trained=trained_before + shape.num_trained,
         counts=counts,
-        mean_loss=float(finite.mean(dtype=np.float64)) if len(finite) else float("nan"),
+        mean_loss=mean_loss,
         mean_score=float(scores.scores.mean(dtype=np.float64)),
         score_histogram=score_histogram(scores.scores),
         num_never_visited=int(np.count_nonzero(scores.num_visits == 0)),
