@@ -168,7 +168,7 @@ class _Page(ABC):
         ui.link("evosample", self.visit.link("/"))
         ui.space()
         if self.visit.may_switch:
-            # In the browser: of what is done before the page has found its server, Enter may come there before the text.
+            # In the browser: before the page has found its server, events may overtake each other on their way to it.
             go = "(event) => { window.location.href = '/?project=' + encodeURIComponent(event.target.value) }"
             ui.input("project", value=self.visit.project).props("dense dark standout").style("width: 8.5rem").on(
                 "keydown.enter", js_handler=go
