@@ -5,7 +5,7 @@ BENCH = PYTHONPATH=benchmarks $(BIN)/python -m performance
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak fuzz crowd bench-recovery bench-webdataset bench-accumulation bench-security bench-memory
-.PHONY: bench bench-check bench-large bench-draws comparison
+.PHONY: bench bench-check bench-peers bench-large bench-draws comparison
 .PHONY: test-compose docs screenshots check format generate clean
 
 help: ## Show this list.
@@ -50,6 +50,11 @@ bench: .venv/installed .venv/mnist ## Measure everything beside what one would u
 
 bench-check: .venv/installed ## A minute of it, which fails if a ratio is more than twice as bad as in docs/performance.md.
 	$(BENCH) --form short --check
+
+bench-peers: .venv/installed ## Measure it beside Reverb, which gets an environment of its own (Python 3.11).
+	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/pip install --quiet 'dm-reverb[tensorflow]==0.14.0'
+	PEERS_PYTHON=.venv/peers/bin/python $(BENCH) --form peers
 
 bench-large: .venv/installed ## The same with 100 million samples: 15 GB of memory, 30 GB of disk.
 	$(BENCH) --form large

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from performance import page
 from performance.memory import memory
+from performance.peers import reverb
 from performance.rows import Row
 from performance.sharing import sharing
 from performance.starting import saving, starting
@@ -59,7 +60,12 @@ def large() -> Iterator[Row]:
     yield from memory(100_000_000)
 
 
-_FORMS = {"suite": suite, "short": short, "large": large}
+def peers() -> Iterator[Row]:
+    """Reverb, some two minutes."""
+    yield from reverb(4_000_000, 3)
+
+
+_FORMS = {"suite": suite, "short": short, "large": large, "peers": peers}
 
 
 def machine() -> dict[str, Any]:

@@ -17,7 +17,8 @@ both down falls out; go by it rather than by the figures, which are of {cores} c
 {memory_gib} GiB, {system}, Python {python}).
 
 `make bench` measures all of this in less than ten minutes and makes this page (last on {date}); `make bench-large`
-adds 100 million samples; `make bench-check` runs a short form, and fails if a ratio is more than twice as bad as here.
+adds 100 million samples, `make bench-peers` Reverb. `make bench-check` runs a short form, and fails if a ratio is more
+than twice as bad as here.
 
 | what | measured | promised | compared with | that | ratio | promised | met |
 |---|--:|--:|---|--:|--:|--:|---|

@@ -24,11 +24,11 @@ def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
     with serving() as server, raw_server() as channel, evosample.connect(server.address) as client:
 
         def planned(through: evosample.Client = client) -> evosample.Experiment:
-            return _experiment(through, next(names), num_samples)
+            return new_experiment(through, next(names), num_samples)
 
         fresh, raw, raw_by_batch = alternate(
             num_repeats,
-            lambda: _fetched_per_s(planned()),
+            lambda: fetched_per_s(planned()),
             lambda: stream_raw(channel, num_samples, _MESSAGE_SAMPLES),
             lambda: stream_raw(channel, num_samples // 8, META_BATCH_SIZE),
         )
@@ -36,7 +36,7 @@ def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
         def cold() -> float:
             experiment = planned()
             with serving_from(server) as other, evosample.connect(other.address) as elsewhere:
-                return _fetched_per_s(elsewhere.get_experiment(experiment.name))
+                return fetched_per_s(elsewhere.get_experiment(experiment.name))
 
         from_store, raw_beside = alternate(
             num_repeats, cold, lambda: stream_raw(channel, num_samples, _MESSAGE_SAMPLES)
@@ -74,22 +74,8 @@ def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
 def reporting(num_samples: int, num_repeats: int) -> Iterator[Row]:
     """An epoch's losses, handed over batch by batch, until the store has acknowledged all of them."""
     names = (f"reported-{number}" for number in itertools.count())
-    losses = np.random.default_rng(0).random(META_BATCH_SIZE, np.float32)
     with serving() as server, evosample.connect(server.address) as client:
-
-        def reported() -> float:
-            run = _experiment(client, next(names), num_samples).epochs()
-            epoch = next(run)
-            batches = list(iter(epoch.next_batch, None))
-            began_s = time.perf_counter()
-            for batch in batches:
-                batch.report(losses)
-            run.flush()
-            rate = len(batches) * META_BATCH_SIZE / (time.perf_counter() - began_s)
-            run.close()
-            return rate
-
-        (values,) = alternate(num_repeats, reported)
+        (values,) = alternate(num_repeats, lambda: reported_per_s(new_experiment(client, next(names), num_samples)))
     yield Row(
         f"losses reported into the store and acknowledged, {num_samples:,} samples",
         _in_millions(values),
@@ -99,13 +85,13 @@ def reporting(num_samples: int, num_repeats: int) -> Iterator[Row]:
     )
 
 
-def _experiment(client: evosample.Client, name: str, num_samples: int) -> evosample.Experiment:
+def new_experiment(client: evosample.Client, name: str, num_samples: int) -> evosample.Experiment:
     return client.create_experiment(
         name, num_samples=num_samples, num_epochs=10, meta_batch_size=META_BATCH_SIZE, mini_batch_size=MINI_BATCH_SIZE
     )
 
 
-def _fetched_per_s(experiment: evosample.Experiment) -> float:
+def fetched_per_s(experiment: evosample.Experiment) -> float:
     """Samples a second through the client's fetching thread, from when the run joins."""
     began_s = time.perf_counter()
     run = experiment.epochs()
@@ -116,6 +102,21 @@ def _fetched_per_s(experiment: evosample.Experiment) -> float:
         assert chunk is not None
         num_steps += len(chunk.sample_ids)
     rate = num_steps * META_BATCH_SIZE / (time.perf_counter() - began_s)
+    run.close()
+    return rate
+
+
+def reported_per_s(experiment: evosample.Experiment) -> float:
+    """Samples a second, from the first batch handed over until the store has acknowledged the last."""
+    losses = np.random.default_rng(0).random(META_BATCH_SIZE, np.float32)
+    run = experiment.epochs()
+    epoch = next(run)
+    batches = list(iter(epoch.next_batch, None))
+    began_s = time.perf_counter()
+    for batch in batches:
+        batch.report(losses)
+    run.flush()
+    rate = len(batches) * META_BATCH_SIZE / (time.perf_counter() - began_s)
     run.close()
     return rate
 
