@@ -50,8 +50,10 @@ seeds, defaults everywhere else.
 
 `RandomSubset` is the baseline: 64 random ones of every 256 samples, which needs no scoring pass. It runs for as many
 epochs as the methods, and for as many as take as much training time as each of them; **the verdict goes by the
-latter**. Differences are the method minus the random subset, paired by seed, with the 95 % interval of Student's t.
-Time is processor time of the training process: the machine had two cores, and other things to do.
+latter**. Differences are the method minus the random subset, paired by seed, with the 95 % interval of Student's t: of
+as many verdicts as there are here, chance alone makes one or two. Time is processor time of the training process: the
+machine had two cores, and other things to do. Another model, data set or number of epochs may well order them
+otherwise: `evosample compare` tells of yours.
 
 `make comparison` makes this page, in three to four hours of one core. In words:
 
