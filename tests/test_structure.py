@@ -78,7 +78,12 @@ FLOORS = {
     "server/evosample_server/tracing.py": ["evosample.errors"],
     "server/evosample_server/logs.py": [],
     "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys", "evosample_server.metrics"],
-    "server/evosample_server/planner.py": [*SERVER_MAY_USE, "evosample_server.metrics", "evosample_server.store"],
+    "server/evosample_server/planner.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.metrics",
+        "evosample_server.store",
+        "evosample_server.tasks",
+    ],
     "server/evosample_server/experiments.py": [
         *SERVER_MAY_USE,
         "evosample_server.metrics",

@@ -100,16 +100,20 @@ def run_job(
     pace_s: float = 0.0,
     outage_timeout_s: float = 120.0,
     before_step: Callable[[evosample.Batch], None] = lambda _: None,
+    last_epoch_after: threading.Event | None = None,
     **joining: Any,
 ) -> Outcome:
     """Train an experiment from its beginning to its end, each rank over a client of its own.
 
-    Each step takes `pace_s`. An answer that never comes ends as an error after `outage_timeout_s`: nobody hangs.
+    Each step takes `pace_s`, and the last epoch begins once `last_epoch_after` is set: what is lost after the job has
+    ended nobody can send again. An answer that never comes ends as an error after `outage_timeout_s`: nobody hangs.
     """
     losses = fixed_losses(settings["num_samples"], settings["num_epochs"])
 
     def step(batch: evosample.Batch) -> None:
         time.sleep(pace_s)
+        if last_epoch_after is not None and batch.epoch == settings["num_epochs"] - 1:
+            last_epoch_after.wait()
         before_step(batch)
 
     def run_rank(rank: int) -> list[tuple[Any, ...]]:
@@ -145,13 +149,14 @@ class ReplicatedServer(ServerProcess):
 
 
 @contextmanager
-def disturbing(work: Callable[[random.Random, threading.Event], None], seed: int) -> Iterator[None]:
-    """Have a thread do harm until the block ends; what fails in it fails the test."""
-    stopping = threading.Event()
+def disturbing(work: Callable[[random.Random, threading.Event], None], seed: int) -> Iterator[threading.Event]:
+    """Have a thread do harm until the block ends, whose failure is the test's. Yields what is set once it is done."""
+    stopping, is_over = threading.Event(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(work, random.Random(seed), stopping)
+        job.add_done_callback(lambda _: is_over.set())
         try:
-            yield
+            yield is_over
         finally:
             stopping.set()
             job.result()

@@ -35,8 +35,9 @@ def test_killed_servers_and_a_store_that_goes_back_cost_nothing(
             store.start()
 
     settings = EACH_POLICY[policy]
-    with disturbing(harm, len(policy)):
+    with disturbing(harm, len(policy)) as is_over:
         addresses = [server.address for server in servers]
-        assert run_job(addresses, "job", settings=settings, pace_s=0.02) == computed(settings, 2)
+        outcome = run_job(addresses, "job", settings=settings, pace_s=0.02, last_epoch_after=is_over)
+        assert outcome == computed(settings, 2)
     assert len(num_lost_bytes) == 2
     assert max(num_lost_bytes) > 0
