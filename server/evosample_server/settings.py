@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     )
     data_dir: Path = Field(Path("evosample-data"), description="where the server's own Valkey keeps its data")
     max_samples: int = Field(
-        200_000_000, ge=1, description="largest num_samples of an experiment; planning takes about 100 bytes a sample"
+        200_000_000, ge=1, description="largest num_samples of an experiment; planning takes about 60 bytes a sample"
     )
     retain_epochs: int = Field(
         2, ge=1, description="epochs whose scores are kept, the current one counted; a job can go back to these"
