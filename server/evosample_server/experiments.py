@@ -183,7 +183,7 @@ class Experiments:
     def _too_many_samples(self, num_samples: int) -> ResourceExhaustedError:
         return ResourceExhaustedError(
             f"num_samples={num_samples:,}: this server takes at most {self._limits.max_samples:,} samples an "
-            "experiment; raise it with --max-samples, where it has the memory (about 100 bytes a sample)"
+            "experiment; raise it with --max-samples, where it has the memory (about 60 bytes a sample)"
         )
 
     async def _reserve(self, name: ExperimentName, num_samples: int) -> None:
