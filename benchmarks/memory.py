@@ -49,13 +49,13 @@ def measure(num_samples: int) -> None:
         data_dir = Path(folder) / "data"
         server = ServerProcess(data_dir, "--metrics", "127.0.0.1:0", "--log-format", "json")
         with redis.Redis(unix_socket_path=server.store_socket) as store, evosample.connect(server.address) as client:
-            empty_bytes = _used_bytes(store)
-            idle_bytes = _server_bytes(server, "VmRSS")
+            empty_bytes = used_bytes(store)
+            idle_bytes = server_bytes(server, "VmRSS")
             batch = max(num_samples // 100, 2)
             experiment = client.create_experiment(
                 "e", num_samples=num_samples, num_epochs=100, meta_batch_size=batch, mini_batch_size=batch // 2
             )
-            tell("store: created", _used_bytes(store) - empty_bytes, _SCORES + _TABLE)
+            tell("store: created", used_bytes(store) - empty_bytes, _SCORES + _TABLE)
             began_s = time.perf_counter()
             on_disk: list[int] = []
             run = experiment.epochs()
@@ -65,7 +65,7 @@ def measure(num_samples: int) -> None:
                         run.flush()
                         retained = min(epoch.number + 1, _RETAINED)
                         reckoned = (_SCORES + _LOSSES) * retained + _TABLE
-                        tell(f"store: at the end of epoch {epoch.number}", _used_bytes(store) - empty_bytes, reckoned)
+                        tell(f"store: at the end of epoch {epoch.number}", used_bytes(store) - empty_bytes, reckoned)
                         on_disk.append(sum(file.stat().st_size for file in (data_dir / "appendonlydir").iterdir()))
                     each.report(np.random.default_rng(each.step).random(len(each.sample_ids), np.float32))
                 if epoch.number == 2:
@@ -77,7 +77,7 @@ def measure(num_samples: int) -> None:
             tell("store: at the most, in an epoch's turn", peak_bytes - empty_bytes, _IN_A_TURN)
             figures = _metrics(server)
             tell("append-only files: at the most, between epochs", max(on_disk))
-            tell("server: at the most, beyond an idle one's", _server_bytes(server, "VmHWM") - idle_bytes)
+            tell("server: at the most, beyond an idle one's", server_bytes(server, "VmHWM") - idle_bytes)
             tell("network: ids to ranks, an epoch", figures["evosample_streamed_bytes_total"] / 3)
             tell("network: losses from ranks, an epoch", figures["evosample_reported_bytes_total"] / 3)
         print(f"  an idle server {idle_bytes / 2**20:.0f} MiB, an empty store {empty_bytes / 2**20:.1f} MiB;")
@@ -85,12 +85,14 @@ def measure(num_samples: int) -> None:
         server.stop()
 
 
-def _used_bytes(store: redis.Redis) -> int:
+def used_bytes(store: redis.Redis) -> int:
+    """Memory that the store uses."""
     time.sleep(1)  # what is unlinked is freed in the background
     return int(store.info("memory")["used_memory"])
 
 
-def _server_bytes(server: ServerProcess, field: str) -> int:
+def server_bytes(server: ServerProcess, field: str) -> int:
+    """Memory of a server's process: "VmRSS", or "VmHWM", the most that it has had."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found

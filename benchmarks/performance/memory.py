@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import redis
+from memory import server_bytes, used_bytes
 from performance.ranks import Rank, serving, spec_of
 from performance.rows import Row
 
@@ -17,27 +15,20 @@ _GIB = 2**30
 def memory(num_samples: int) -> Iterator[Row]:
     """After two turns: two epochs are retained, and the store has seen its most."""
     with serving() as server, redis.Redis(unix_socket_path=server.store_socket) as store:
-        empty_bytes = _used_bytes(store)
+        empty_bytes = used_bytes(store)
         with Rank(server.address, "memory", spec_of(num_samples, prune_ratio=0.2)) as rank:
             for epoch in range(3):
                 rank.turn_s(epoch)
-            committed_bytes = _used_bytes(store) - empty_bytes
+            committed_bytes = used_bytes(store) - empty_bytes
             peak_bytes = int(store.info("memory")["used_memory_peak"]) - empty_bytes
-            status = Path(f"/proc/{server.process.pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found
+            most_bytes = server_bytes(server, "VmHWM")
     name = f"store: used_memory a sample, {num_samples:,} samples, r = 0.2"
     yield Row(f"{name}: two epochs retained", [committed_bytes / num_samples], "bytes", 44, higher_is_better=False)
     yield Row(f"{name}: in a turn", [peak_bytes / num_samples], "bytes", 72, higher_is_better=False)
     yield Row(
         f"server: resident memory at the most, {num_samples:,} samples",
-        [1024 * int(found[1]) / _GIB],
+        [most_bytes / _GIB],
         "GiB",
         4,
         higher_is_better=False,
     )
-
-
-def _used_bytes(store: redis.Redis) -> int:
-    time.sleep(1)  # what is unlinked is freed in the background
-    return int(store.info("memory")["used_memory"])

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosample.sampling.checks import InvalidValue
-from evosample.sampling.philox import exponentials, uniforms
+from evosample.sampling.philox import BLOCK_ROWS, exponentials, uniforms
 
 DrawMethod = Literal["successive", "systematic", "top_k", "with_replacement"]
-
-_BLOCK_ROWS = 2**16  # what is computed of so many rows stays in the processor's cache
 
 
 class Draw:
@@ -79,9 +77,9 @@ def race(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Dra
 
     Source: Efraimidis and Spirakis, 2006; Duffield, Lund and Thorup, 2007 (priority sampling, for pi).
     """
-    num_positive = int(np.count_nonzero(weights > 0))
+    winners = weights > 0
+    num_positive = int(np.count_nonzero(winners))
     if num_positive <= k:  # every positive weight wins; ranking the zero weights by their variates is uniform
-        winners = weights > 0
         zero = (~winners).nonzero()[0]
         num_missing = k - num_positive
         if num_missing:
@@ -110,8 +108,8 @@ def _smallest(
     n = len(weights)
     keys = np.empty(n, np.float32)
     with np.errstate(over="ignore"):
-        for first in range(0, n, _BLOCK_ROWS):
-            block = slice(first, first + _BLOCK_ROWS)
+        for first in range(0, n, BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
             keys[block] = _keys(weights[block], bits[block])
     border = np.partition(keys, k)[k]
     winners = keys < border

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from evosample.sampling.draws import draw
 from evosample.sampling.groups import DoReMi, Groups, floor_samples, floor_sizes, group_sizes, shared_out
 from evosample.sampling.layout import sample_id_dtype
-from evosample.sampling.philox import Purpose, random_bits
+from evosample.sampling.philox import BLOCK_ROWS, Purpose, random_bits
 from evosample.sampling.scores import Scores, clipped_losses
 from evosample.sampling.spec import EpochShape, ExperimentSpec
-
-_BLOCK_ROWS = 2**16
 
 
 class Table(NamedTuple):
@@ -371,8 +369,8 @@ def fold_epoch(spec: ExperimentSpec, scores: Scores, sample_ids: NDArray[Any], r
     new_losses, chosen = by_sample(losses, np.nan), by_sample(report.chosen, False)
     reported = {name: by_sample(values, np.nan) for name, values in report.columns.items()}
     columns = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
-    for first in range(0, len(new_losses), _BLOCK_ROWS):
-        block = slice(first, first + _BLOCK_ROWS)
+    for first in range(0, len(new_losses), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
         visited = ~np.isnan(new_losses[block])
         if visited.any():
             before = {name: column[block][visited] for name, column in columns.items()}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK_ROWS = 2**16
+BLOCK_ROWS = 2**16
+"""What is computed of so many rows at a time stays in the processor's cache."""
 
 
 class Purpose(enum.IntEnum):
@@ -49,11 +50,11 @@ def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, 
     state["state"]["counter"][:] = block, step, epoch, 0
     philox.state = state
     num_bits = skipped + count
-    if num_bits <= _BLOCK_ROWS:
+    if num_bits <= BLOCK_ROWS:
         return philox.random_raw(num_bits)[skipped:]
     bits = np.empty(num_bits, np.uint64)
-    for done in range(0, num_bits, _BLOCK_ROWS):  # numpy holds Python's lock meanwhile: in between others may run
-        bits[done : done + _BLOCK_ROWS] = philox.random_raw(min(_BLOCK_ROWS, num_bits - done))
+    for done in range(0, num_bits, BLOCK_ROWS):  # numpy holds Python's lock meanwhile: in between others may run
+        bits[done : done + BLOCK_ROWS] = philox.random_raw(min(BLOCK_ROWS, num_bits - done))
     return bits[skipped:]
 
 
