@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +15,6 @@ from evosample.sampling import (
     ExperimentSpec,
     InvalidValue,
     MiniBatch,
-    check_losses,
     recorded_losses,
     select_mini_batch,
     selection_bits,
@@ -139,6 +137,7 @@ class Epoch:
         first_step: where this run entered the epoch: 0 unless it resumed in the middle.
         stop: the step before which it ends for this rank: num_steps, unless the others went on without it.
         shape: sizes of the epoch over all ranks.
+        step_bytes: size of what is reported of a step.
         learning_rate_factor: what the policy says that the learning rate is to be multiplied by in this epoch.
         is_closed: it has ended without this rank: only what was reported before counts.
         new_share: share of its samples that the epoch before had left out; None where there was none before.
@@ -170,7 +169,8 @@ class Epoch:
         # NaN: not reported. Kept beyond the epoch's end: what the store has lost can be sent again.
         self.losses = np.full((self.num_steps, self.part_rows), np.nan, np.float32)
         self.columns = {name: np.zeros_like(self.losses) for name in run.spec.policy.reported_columns}
-        self.chosen = np.zeros((self.num_steps, -(-self.part_rows // 8)), np.uint8)  # a bit a row
+        self.chosen = np.zeros(self.losses.shape, np.bool_)
+        self.step_bytes = 4 * self.part_rows * (1 + len(self.columns)) + -(-self.part_rows // 8)
         self.num_consumed = first_step
         self.num_reported = first_step
         self.num_received = first_step
@@ -191,12 +191,7 @@ class Epoch:
     @property
     def num_bytes(self) -> int:
         """Memory of what is kept to be reported."""
-        return self.num_steps * self.step_bytes
-
-    @property
-    def step_bytes(self) -> int:
-        """Size of what is reported of a step."""
-        return 4 * self.part_rows * (1 + len(self.columns)) + self.chosen.shape[1]
+        return sum(values.nbytes for values in (self.losses, self.chosen, *self.columns.values()))
 
     def close(self) -> None:
         """Forget what was not reported in time: the others have gone on without it."""
@@ -262,15 +257,15 @@ class Epoch:
 
     def select(self, batch: Batch, losses: Any, columns: Mapping[str, Any]) -> MiniBatch:
         """See `Batch.select`."""
-        values, others = self._checked(batch, losses, columns)
+        values, num_non_finite, others = self._checked(batch, losses, columns)
         drawn = self.drawn(batch, values)
-        self._record(batch, values, others, drawn.positions)
+        self._record(batch, values, num_non_finite, others, drawn.positions)
         return drawn
 
     def report(self, batch: Batch, losses: Any, columns: Mapping[str, Any]) -> None:
         """See `Batch.report`."""
-        values, others = self._checked(batch, losses, columns)
-        self._record(batch, values, others, slice(None) if batch.trains and not batch.selects else slice(0))
+        checked = self._checked(batch, losses, columns)
+        self._record(batch, *checked, slice(None) if batch.trains and not batch.selects else slice(0))
 
     def drawn(self, batch: Batch, losses: NDArray[np.float32]) -> MiniBatch:
         """A batch's mini-batch."""
@@ -300,7 +295,8 @@ class Epoch:
 
     def _checked(
         self, batch: Batch, losses: Any, columns: Mapping[str, Any]
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    ) -> tuple[NDArray[np.float32], int, dict[str, NDArray[np.float32]]]:
+        """The losses as they are recorded, how many are not finite, and the other columns."""
         values = _as_floats("losses", losses, self.part_rows)
         if columns.keys() != self.columns.keys():
             raise InvalidArgumentError(
@@ -310,8 +306,9 @@ class Epoch:
             )
         others = {name: _as_floats(name, column, self.part_rows) for name, column in columns.items()}
         with as_invalid_argument():
-            check_losses(values)
-            self._run.spec.policy.check_reported(others)
+            recorded, num_non_finite = recorded_losses(values)
+            if others:
+                self._run.spec.policy.check_reported(others)
         if batch.step != self.num_consumed:
             if batch.step < self.num_consumed:
                 raise UsageError(f"the losses of step {batch.step} of epoch {self.number} were handed over already")
@@ -319,33 +316,33 @@ class Epoch:
                 f"the losses of step {self.num_consumed} of epoch {self.number} were not handed over: they come "
                 f"before those of step {batch.step}"
             )
-        return values, others
+        return recorded, num_non_finite, others
 
     def _record(
         self,
         batch: Batch,
         losses: NDArray[np.float32],
+        num_non_finite: int,
         columns: Mapping[str, NDArray[np.float32]],
         chosen: slice | NDArray[np.int64],
     ) -> None:
-        recorded, num_non_finite = recorded_losses(losses)
         if not self.is_closed:
-            is_chosen = np.zeros(self.part_rows, np.bool_)
-            is_chosen[chosen] = True
-            self.chosen[batch.step] = np.packbits(is_chosen, bitorder="little")
+            self.chosen[batch.step, chosen] = True
             for name, values in columns.items():
                 self.columns[name][batch.step] = values
-            self.losses[batch.step] = recorded
+            self.losses[batch.step] = losses
         self._run.consumed(self, num_non_finite)
 
 
-@contextlib.contextmanager
-def as_invalid_argument() -> Iterator[None]:
-    """Raise what the checks of `evosample.sampling` find as evosample's own error."""
-    try:
-        yield
-    except InvalidValue as error:
-        raise InvalidArgumentError(str(error), field=error.field) from error
+class as_invalid_argument:  # noqa: N801  # as those of contextlib, of which one made from a generator takes three times as long
+    """The context in which what the checks of `evosample.sampling` find is raised as evosample's own error."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, InvalidValue):
+            raise InvalidArgumentError(str(error), field=error.field) from error
 
 
 def _as_floats(field: str, values: Any, num_rows: int) -> NDArray[np.float32]:

@@ -574,7 +574,7 @@ class Run:
             num_steps=stop - first_step,
             losses=column_bytes(epoch.losses[first_step:stop]),
             columns={name: column_bytes(values[first_step:stop]) for name, values in epoch.columns.items()},
-            chosen=epoch.chosen[first_step:stop].tobytes(),
+            chosen=np.packbits(epoch.chosen[first_step:stop], axis=1, bitorder="little").tobytes(),
         )
         self._connection.call("ReportLosses", request, give_up=self._closing)
         epoch.num_reported = max(epoch.num_reported, stop)

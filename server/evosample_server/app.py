@@ -136,7 +136,8 @@ async def _serve(
             max_message_bytes=settings.max_message_bytes,
         )
         experiments = Experiments(store, planner, limits, metrics=metrics)
-        selection_pb2_grpc.add_SelectionServiceServicer_to_server(SelectionService(experiments, stopping), server)
+        selection = SelectionService(experiments)
+        selection_pb2_grpc.add_SelectionServiceServicer_to_server(selection, server)
         administration = AdministrationService(tokens, access, store)
         administration_pb2_grpc.add_AdministrationServiceServicer_to_server(administration, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -159,6 +160,7 @@ async def _serve(
             print(f"dashboard on {dashboard.address}", flush=True)  # noqa: T201
         await stopping.wait()
         _log.info("stopping")
+        selection.end_streams()
         await cancelled(background)
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)

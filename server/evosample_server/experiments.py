@@ -37,7 +37,6 @@ from evosample.sampling import (
     Table,
     check_groups,
     check_int,
-    check_losses,
     check_name,
     check_scores,
     checksum,
@@ -665,48 +664,48 @@ class Experiments:
                 f"losses: {num_bytes:,} bytes; this server takes at most {self._limits.max_message_bytes:,} in a "
                 "message: report fewer steps at once, or raise it with --max-message-bytes"
             )
-        report = self._report(head, num_steps, losses, columns)
+        report, num_non_finite = self._report(head, num_steps, losses, columns)
         part_rows = shape.step_rows // head.world_size
         if chosen:
             bits = check_column("chosen", chosen, num_steps * -(-part_rows // 8), np.uint8).reshape(num_steps, -1)
             report.chosen[:] = np.unpackbits(bits, axis=1, count=part_rows, bitorder="little").ravel()
-        return await self._record(head, member, plan_id, first_step, num_steps, report)
+        await self._record(head, member, plan_id, first_step, num_steps, report, num_non_finite)
+        return num_non_finite
 
     @staticmethod
-    def _report(head: Head, num_steps: int, losses: bytes, columns: Mapping[str, bytes]) -> Report:
-        """What came of consecutive steps of a part, checked."""
+    def _report(head: Head, num_steps: int, losses: bytes, columns: Mapping[str, bytes]) -> tuple[Report, int]:
+        """What came of consecutive steps of a part, as it is recorded, and how many losses are not finite."""
         num_rows = num_steps * (head.shape.step_rows // head.world_size)
         names = head.spec.policy.reported_columns
         if set(columns) != set(names):
             expected = f"just the columns that {type(head.spec.policy).__name__} needs: {', '.join(names) or 'none'}"
             raise InvalidValue("columns", sorted(columns), expected)
         values = {name: check_column(f"columns.{name}", columns[name], num_rows) for name in names}
-        rows = check_column("losses", losses, num_rows)
-        check_losses(rows)
+        recorded, num_non_finite = recorded_losses(check_column("losses", losses, num_rows))
         head.spec.policy.check_reported(values)
-        return Report(rows, np.zeros(num_rows, np.bool_), values)
+        return Report(recorded, np.zeros(num_rows, np.bool_), values), num_non_finite
 
     async def _record(
-        self, head: Head, member: Member, plan_id: str, first_step: int, num_steps: int, report: Report
-    ) -> int:
-        recorded, num_non_finite = recorded_losses(report.losses)
+        self,
+        head: Head,
+        member: Member,
+        plan_id: str,
+        first_step: int,
+        num_steps: int,
+        report: Report,
+        num_non_finite: int,
+    ) -> None:
         answer = await self._store.write_report(
-            head,
-            member,
-            plan_id=plan_id,
-            first_step=first_step,
-            num_steps=num_steps,
-            report=report._replace(losses=recorded),
+            head, member, plan_id=plan_id, first_step=first_step, num_steps=num_steps, report=report
         )
         self._check_answer(answer, head, member, plan_id)
         self._metrics.reported(
             head.name,
-            num_rows=len(recorded),
-            num_bytes=recorded.nbytes * (1 + len(report.columns)),
+            num_rows=len(report.losses),
+            num_bytes=report.losses.nbytes * (1 + len(report.columns)),
             num_non_finite=num_non_finite,
             progress=(head.epoch + (first_step + num_steps) / head.num_steps) / head.spec.num_epochs,
         )
-        return num_non_finite
 
     async def select(
         self,
@@ -724,7 +723,7 @@ class Experiments:
         self._check_open(head, plan_id)
         shape = head.shape
         check_int("step", step, 0, shape.num_steps - 1)
-        report = self._report(head, 1, losses, columns)
+        report, num_non_finite = self._report(head, 1, losses, columns)
         rows = await self._store.read_part(head, member.rank, step, 1)
         mini_batch = select_mini_batch(
             head.spec,
@@ -738,7 +737,8 @@ class Experiments:
             set_importance_weights=None if rows.importance_weights is None else rows.importance_weights[0],
         )
         report.chosen[mini_batch.positions] = True
-        return mini_batch, await self._record(head, member, plan_id, step, 1, report)
+        await self._record(head, member, plan_id, step, 1, report, num_non_finite)
+        return mini_batch, num_non_finite
 
     async def finish(
         self,
@@ -848,9 +848,10 @@ class Experiments:
     async def _head_of_member(self, name: ExperimentName, uid: str, member: Member) -> Head:
         if not uid:
             raise InvalidValue("ref.uid", uid, "the uid that CreateExperiment or GetExperiment gave")
-        head = await self._head(name, uid)
-        refusal = await self._store.refusal(head, member)
-        if refusal is not None:
+        head, refusal = await self._store.head_of_member(name, uid, member)
+        if head is None or uid != head.uid:
+            raise _gone(name, uid if head is not None else "")
+        if refusal:
             self._check_answer(refusal, head, member, "")
         self._metrics.heard(name, uid, rank=member.rank, epoch=head.epoch, num_epochs=head.spec.num_epochs)
         return head

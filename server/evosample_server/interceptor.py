@@ -72,6 +72,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     "its strings in UTF-8: send it with code generated from the .proto file"
                 ) from error
 
+        def encoded(response: Any) -> bytes:
+            return response if isinstance(response, bytes) else handler.response_serializer(response)
+
         def first(data: bytes) -> Any:
             """The request, or the first of them: the one that names a project."""
             message = decoded(data)
@@ -119,7 +122,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # gRPC tells a method that yields its responses from one that writes them by what kind of function it is
         is_generator = inspect.isasyncgenfunction(behavior)
         make_handler = getattr(grpc, f"stream_{responses}_rpc_method_handler")
-        return make_handler(generator if is_generator else coroutine, response_serializer=handler.response_serializer)
+        return make_handler(generator if is_generator else coroutine, response_serializer=encoded)
 
 
 async def _fail(error: Exception, context: Context) -> None:

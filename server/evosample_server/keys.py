@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from evosample.wire import ExperimentName
 
-# Rows of a column in one string key: 4 MB of float32, just inside an allocator class.
-BLOCK_ROWS = 1_000_000
-
+# Rows of a column in one string key: 1 MiB of float32, just inside an allocator class, and whole steps of all
+# meta-batches of up to 1,024 rows that are powers of two. While the store takes in a larger one, everybody waits.
+BLOCK_ROWS = 2**18 - 2**10
 
 # Channel: uids of experiments whose head has just changed.
 CHANGES = "evosample:changes"

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from evosample.errors import UnavailableError
 from evosample.sampling import Table
@@ -35,9 +36,10 @@ def _member(message: pb.Member) -> Member:
 class SelectionService(pb_grpc.SelectionServiceServicer):
     """`evosample.v1.SelectionService` over the use cases."""
 
-    def __init__(self, experiments: Experiments, stopping: asyncio.Event) -> None:
+    def __init__(self, experiments: Experiments) -> None:
         self._experiments = experiments
-        self._stopping = stopping
+        self._has_ended = False
+        self._waiting: set[asyncio.Task[Any]] = set()  # those of streams for which there is nothing to send yet
 
     async def CreateExperiment(self, request: pb.CreateExperimentRequest, context: Context) -> Any:
         created = await self._experiments.create(
@@ -91,29 +93,34 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             first_step=request.first_step,
             max_steps=request.max_steps,
         )
-        async for event in self._until_stopping(events):
+        async for event in self._until_ended(events):
             yield _epoch_event(event)
 
-    async def _until_stopping(self, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The events, ended with UNAVAILABLE when the server stops: clients go on elsewhere, or when it is back."""
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        try:
-            while True:
-                following = asyncio.ensure_future(anext(events, None))
-                # If the call ends before it does, nobody is left to hear what it raises.
-                following.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-                try:
-                    await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
-                    if not following.done():
-                        raise UnavailableError("the server is stopping")
-                finally:
-                    following.cancel()  # no effect on one that is done
-                event = following.result()
-                if event is None:
-                    return
-                yield event
-        finally:
-            stopping.cancel()
+    async def _until_ended(self, events: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The events, with UNAVAILABLE in the place of what is still to come when `end_streams` is called."""
+        task = asyncio.current_task()
+        assert task is not None
+        while not self._has_ended:
+            self._waiting.add(task)
+            try:
+                event = await anext(events, None)
+            except asyncio.CancelledError:
+                if not self._has_ended:
+                    raise
+                task.uncancel()
+                break
+            finally:
+                self._waiting.discard(task)
+            if event is None:
+                return
+            yield event
+        raise UnavailableError("the server is stopping")
+
+    def end_streams(self) -> None:
+        """End all streams, also those that wait for something: clients go on elsewhere, or when the server is back."""
+        self._has_ended = True
+        for task in self._waiting:
+            task.cancel()
 
     async def ReportLosses(self, request: pb.ReportLossesRequest, context: Context) -> Any:
         num_non_finite = await self._experiments.report(
@@ -229,7 +236,7 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             first_epoch=request.first_epoch,
             once=request.once,
         )
-        async for watched in self._until_stopping(figures):
+        async for watched in self._until_ended(figures):
             yield watched_to_proto(watched)
 
 
@@ -238,7 +245,7 @@ def _score_rows(message: pb.ImportScoresRequest) -> ScoreRows:
     return ScoreRows(message.first_sample, message.scores, message.sampling_weights, message.num_visits, columns)
 
 
-def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochResponse:
+def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochResponse | bytes:
     match event:
         case EpochWait(waiting_for_ranks):
             return pb.StreamEpochResponse(wait=pb.EpochWait(waiting_for_ranks=waiting_for_ranks))
@@ -257,11 +264,27 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
                     learning_rate_factor=learning_rate_factor,
                 )
             )
-        case EpochRows(first_step, Table(sample_ids, prior_scores, importance_weights)):
-            response = pb.StreamEpochResponse()
-            rows = response.rows  # filled in place: a message given to a constructor is copied
-            rows.first_step, rows.num_steps = first_step, len(sample_ids)
-            rows.sample_ids, rows.prior_scores = column_bytes(sample_ids), column_bytes(prior_scores)
-            if importance_weights is not None:
-                rows.importance_weights = column_bytes(importance_weights)
-            return response
+        case EpochRows(first_step, table):
+            return _encoded_rows(first_step, table)
+
+
+def _encoded_rows(first_step: int, table: Table) -> bytes:
+    """A StreamEpochResponse of rows as protobuf would encode it, which would copy the columns five times."""
+    pieces: list[bytes | memoryview] = [
+        pb.EpochRows(first_step=first_step, num_steps=len(table.sample_ids)).SerializeToString()
+    ]
+    for field, values in zip(("sample_ids", "prior_scores", "importance_weights"), table, strict=True):
+        if values is not None:
+            rows = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+            pieces += [_key_and_length(pb.EpochRows, field, rows.nbytes), rows.data.cast("B")]
+    return b"".join([_key_and_length(pb.StreamEpochResponse, "rows", sum(map(len, pieces))), *pieces])
+
+
+def _key_and_length(message: type[Message], field: str, num_bytes: int) -> bytes:
+    """What comes before a field of so many bytes."""
+    encoded = bytearray([message.DESCRIPTOR.fields_by_name[field].number << 3 | 2])
+    while num_bytes > 0x7F:
+        encoded.append(num_bytes & 0x7F | 0x80)
+        num_bytes >>= 7
+    encoded.append(num_bytes)
+    return bytes(encoded)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -66,6 +66,7 @@ _SCRIPTS = (
     "register",
     "write",
     "join",
+    "membership",
     "report",
     "finish",
     "seal",
@@ -251,6 +252,41 @@ def _spec(data: bytes) -> ExperimentSpec:
     return spec_from_proto(pb.ExperimentSpec.FromString(data))
 
 
+def _head(name: ExperimentName, fields: Mapping[bytes, bytes]) -> Head | None:
+    if not fields.get(b"uid"):
+        return None
+    return Head(
+        name=name,
+        uid=fields[b"uid"].decode(),
+        spec=_spec(fields[b"spec"]),
+        state=cast(ExperimentState, fields[b"state"].decode()),
+        epoch=int(fields[b"epoch"]),
+        plan_id=fields[b"plan_id"].decode(),
+        generation=int(fields[b"generation"]),
+        run_id=fields[b"run_id"].decode(),
+        world_size=int(fields[b"world_size"]),
+        first_step=int(fields[b"first_step"]),
+        straggler_timeout_ms=int(fields[b"straggler_timeout_ms"]),
+        table_checksum=int(fields[b"table_checksum"]),
+        num_steps=int(fields[b"num_steps"]),
+        num_hidden_steps=int(fields[b"num_hidden_steps"]),
+        groups_id=fields.get(b"groups_id", b"").decode(),
+        groups_size=int(fields.get(b"groups_size", 0)),
+        groups_digest=fields.get(b"groups_digest", b"").decode(),
+        groups_spec=_spec(fields[b"groups_spec"]) if b"groups_spec" in fields else None,
+        birth_spec=_spec(fields.get(b"birth_spec", fields[b"spec"])),
+        next_spec=_spec(fields[b"next_spec"]) if b"next_spec" in fields else None,
+        create_time=datetime.datetime.fromtimestamp(int(fields[b"create_time"]), datetime.UTC),
+    )
+
+
+def _copied_part(column: NDArray[Any], step_rows: int, rank: int, world_size: int) -> NDArray[Any]:
+    """As `part`, in one stretch of memory. What a step has is copied as one, not row by row."""
+    part_rows = step_rows // world_size
+    parts = column.view(np.dtype((np.void, part_rows * column.itemsize)))
+    return np.ascontiguousarray(part(parts, world_size, rank, world_size)).view(column.dtype).reshape(-1, part_rows)
+
+
 class Store:
     """The verbs that experiments need of Redis.
 
@@ -367,32 +403,23 @@ class Store:
 
     async def head(self, name: ExperimentName) -> Head | None:
         """The head as it stands; None if there is none, or only a tombstone."""
-        fields = await cast(Any, self._redis.hgetall(keys.head(name)))
-        if not fields.get(b"uid"):
-            return None
-        return Head(
-            name=name,
-            uid=fields[b"uid"].decode(),
-            spec=_spec(fields[b"spec"]),
-            state=cast(ExperimentState, fields[b"state"].decode()),
-            epoch=int(fields[b"epoch"]),
-            plan_id=fields[b"plan_id"].decode(),
-            generation=int(fields[b"generation"]),
-            run_id=fields[b"run_id"].decode(),
-            world_size=int(fields[b"world_size"]),
-            first_step=int(fields[b"first_step"]),
-            straggler_timeout_ms=int(fields[b"straggler_timeout_ms"]),
-            table_checksum=int(fields[b"table_checksum"]),
-            num_steps=int(fields[b"num_steps"]),
-            num_hidden_steps=int(fields[b"num_hidden_steps"]),
-            groups_id=fields.get(b"groups_id", b"").decode(),
-            groups_size=int(fields.get(b"groups_size", 0)),
-            groups_digest=fields.get(b"groups_digest", b"").decode(),
-            groups_spec=_spec(fields[b"groups_spec"]) if b"groups_spec" in fields else None,
-            birth_spec=_spec(fields.get(b"birth_spec", fields[b"spec"])),
-            next_spec=_spec(fields[b"next_spec"]) if b"next_spec" in fields else None,
-            create_time=datetime.datetime.fromtimestamp(int(fields[b"create_time"]), datetime.UTC),
-        )
+        return _head(name, await cast(Any, self._redis.hgetall(keys.head(name))))
+
+    async def head_of_member(self, name: ExperimentName, uid: str, member: Member) -> tuple[Head | None, str]:
+        """The head as it stands, and why a member is not the latest process of its rank in the latest run.
+
+        That is empty if it is; else "superseded" or "behind", as in member.lua.
+        """
+        experiment = ExperimentKeys(name, uid)
+        fields, stored = await self._run("membership", [experiment.head, experiment.claims], [member.rank])
+        head = _head(name, dict(zip(fields[::2], fields[1::2], strict=True)))
+        if head is None:
+            return None, ""
+        claim = None if stored is None else int(stored)
+        if (member.generation, member.claim) == (head.generation, claim):
+            return head, ""
+        is_newer = head.generation == member.generation and claim is not None and claim > member.claim
+        return head, "superseded" if head.generation > member.generation or is_newer else "behind"
 
     async def status(self, head: Head) -> ExperimentStatus:
         """Everything that is shown of an experiment."""
@@ -544,15 +571,6 @@ class Store:
         """The claim of a rank's latest process; empty if there is none."""
         stored = await cast(Any, self._redis.hget(head.keys.claims, str(rank)))
         return "" if stored is None else stored.decode()
-
-    async def refusal(self, head: Head, member: Member) -> Literal["superseded", "behind"] | None:
-        """Why a member is not the latest process of its rank in the latest run, if it is not; as in member.lua."""
-        stored = await self.claim(head, member.rank)
-        claim = int(stored) if stored else None
-        if (member.generation, member.claim) == (head.generation, claim):
-            return None
-        is_newer = head.generation == member.generation and claim is not None and claim > member.claim
-        return "superseded" if head.generation > member.generation or is_newer else "behind"
 
     async def unfinished_ranks(self, head: Head) -> list[int]:
         """Ranks that have not finished the current epoch, ascending."""
@@ -849,7 +867,7 @@ class Store:
                 until = min(max(in_block, step + 1), stop)
                 place = (step * rows, (until - step) * rows, head.shape.num_rows)
                 whole = await self._read(head, head.plan_id, column, dtype, *place)
-                pieces.append(part(whole, rows, rank, head.world_size))
+                pieces.append(_copied_part(whole, rows, rank, head.world_size))
                 step = until
             return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -941,10 +959,12 @@ class Store:
         script_keys = [experiment.head, experiment.claims, experiment.progress]
         args: list[Any] = [head.uid, plan_id, *member, first_step + num_steps, mean_loss]
         for column, values in columns.items():
-            done = 0
-            for block in _blocks(first_step * (len(values) // num_steps), len(values)):
+            done, num_step_values = 0, len(values) // num_steps
+            for block in _blocks(first_step * num_step_values, len(values)):
                 script_keys.append(experiment.reported(plan_id, column, member.generation, member.rank, block.number))
-                args += [values.itemsize * block.start, values[done : done + block.num_rows].tobytes()]
+                size = min(BLOCK_ROWS, head.num_steps * num_step_values - block.number * BLOCK_ROWS)
+                args += [values.itemsize * size, values.itemsize * block.start]
+                args.append(values[done : done + block.num_rows].data.cast("B"))
                 done += block.num_rows
         return cast(bytes, await self._run("report", script_keys, args)).decode()
 
@@ -995,29 +1015,43 @@ class Store:
         What a run reported counts up to the step from which a later run did.
         """
         shape, plan_id = head.shape, head.plan_id
-        policy_columns = _policy_columns(head.spec.policy.reported_columns)
-        report = Report(
-            np.full(shape.num_rows, np.nan, np.float32),
-            np.zeros(shape.num_rows, np.bool_),
-            {name: np.zeros(shape.num_rows, np.float32) for name in head.spec.policy.reported_columns},
-        )
+        names = head.spec.policy.reported_columns
+        report = await asyncio.to_thread(_nothing_reported, shape.num_rows, names)
         stop = shape.num_steps
         for generation, world_size, first_step in reversed((await self.plan_info(head, plan_id)).generations):
             part_rows = shape.step_rows // world_size
-            rows = slice(first_step * shape.step_rows, stop * shape.step_rows)
-            for rank in range(world_size if first_step < stop else 0):
-                steps = _Steps(plan_id, generation, rank, first_step, stop - first_step)
-                bits = await self._read_steps(head, steps, "loss", "<u4", part_rows)
-                part(report.losses[rows], shape.step_rows, rank, world_size)[:] = losses_of_bits(bits)
-                bits = await self._read_steps(head, steps, "chosen", "u1", -(-part_rows // 8))
-                chosen = np.unpackbits(bits, axis=1, count=part_rows, bitorder="little")
-                part(report.chosen[rows], shape.step_rows, rank, world_size)[:] = chosen
-                for column, values in zip(policy_columns, report.columns.values(), strict=True):
-                    part(values[rows], shape.step_rows, rank, world_size)[:] = await self._read_steps(
-                        head, steps, column, "<f4", part_rows
-                    )
+            num_values = {"loss": ("<u4", part_rows), "chosen": ("u1", -(-part_rows // 8))}
+            num_values |= dict.fromkeys(_policy_columns(names), ("<f4", part_rows))
+            for column, values in zip(
+                num_values, (report.losses, report.chosen, *report.columns.values()), strict=True
+            ):
+                dtype, num = num_values[column]
+                parts = []
+                for rank in range(world_size if first_step < stop else 0):
+                    steps = _Steps(plan_id, generation, rank, first_step, stop - first_step)
+                    parts.append(await self._read_steps(head, steps, column, dtype, num))
+                rows = values[first_step * shape.step_rows : stop * shape.step_rows]
+                await asyncio.to_thread(_put_together, rows, shape.step_rows, column, parts)
             stop = min(stop, first_step)
         return report
+
+
+def _nothing_reported(num_rows: int, columns: Iterable[str]) -> Report:
+    return Report(
+        np.full(num_rows, np.nan, np.float32),
+        np.zeros(num_rows, np.bool_),
+        {name: np.zeros(num_rows, np.float32) for name in columns},
+    )
+
+
+def _put_together(rows: NDArray[Any], step_rows: int, column: str, parts: list[NDArray[Any]]) -> None:
+    """Fill whole steps with what the ranks have reported of their parts, as it is stored."""
+    for rank, values in enumerate(parts):
+        if column == "loss":
+            values = losses_of_bits(values)
+        elif column == "chosen":
+            values = np.unpackbits(values, axis=1, count=step_rows // len(parts), bitorder="little")
+        part(rows, step_rows, rank, len(parts))[:] = values
 
 
 def _digest(groups: Groups) -> str:

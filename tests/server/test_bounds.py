@@ -181,6 +181,25 @@ def test_a_place_whose_experiment_was_never_made_is_free_again_after_a_while(
         client.create_experiment("e", **SETTINGS)
 
 
+def test_losses_take_four_bytes_a_row_in_however_many_messages_they_come(server: ServerProcess) -> None:
+    rows, step_rows = 400_000, 40_000
+    with (
+        Redis(unix_socket_path=server.store_socket) as store,
+        member_of(server, num_samples=rows, meta_batch_size=step_rows) as (stub, member),
+    ):
+        request = pb.StreamEpochRequest(member=member, max_steps=1)
+        plan_id = next(r.start.plan_id for r in stub.StreamEpoch(request) if r.HasField("start"))
+        losses = np.ones(step_rows, "<f4").tobytes()
+        for step in range(rows // step_rows):
+            stub.ReportLosses(
+                pb.ReportLossesRequest(member=member, plan_id=plan_id, first_step=step, num_steps=1, losses=losses)
+            )
+        blocks = list(store.scan_iter(f"*{member.ref.uid}*{plan_id}*loss*"))
+        assert len(blocks) == 2
+        assert sum(map(store.strlen, blocks)) == 4 * rows
+        assert sum(map(store.memory_usage, blocks)) < 1.2 * 4 * rows
+
+
 def test_a_message_takes_so_many_losses(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--max-message-bytes", str(2**20))
     with member_of(server, num_samples=400_000, meta_batch_size=100_000) as (stub, member):

@@ -485,3 +485,20 @@ def test_scores_of_epochs_that_are_no_longer_retained_are_refused(
     code, _, message = refused(stub.JoinRun, old)
     assert code == "FAILED_PRECONDITION"
     assert "keeps the scores of epochs 2, 3" in message
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_are_encoded_as_protobuf_encodes_them(server: ServerProcess, name: str, world_size: int) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.SelectionServiceStub(channel)
+        of_weights = spec(importance_weight=pb.IMPORTANCE_WEIGHT_UNBIASED)
+        created = stub.CreateExperiment(pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=of_weights))
+        ref = created.experiment.ref
+        join = pb.JoinRunRequest(ref=ref, run_id="run", rank=world_size - 1, world_size=world_size)
+        joined = stub.JoinRun(join)
+        member = pb.Member(ref=ref, generation=joined.generation, rank=world_size - 1, claim=joined.claim)
+        stream: Any = channel.unary_stream("/evosample.v1.SelectionService/StreamEpoch")
+        messages = list(stream(pb.StreamEpochRequest(member=member).SerializeToString(), timeout=20))
+        assert [pb.StreamEpochResponse.FromString(data).SerializeToString() for data in messages] == messages
+        (rows,) = (r.rows for r in map(pb.StreamEpochResponse.FromString, messages) if r.HasField("rows"))
+        assert len(rows.importance_weights) == len(rows.prior_scores) == 4 * (N // B * B) // world_size

@@ -77,52 +77,57 @@ def race(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Dra
 
     Source: Efraimidis and Spirakis, 2006; Duffield, Lund and Thorup, 2007 (priority sampling, for pi).
     """
-    winners = weights > 0
-    num_positive = int(np.count_nonzero(winners))
-    if num_positive <= k:  # every positive weight wins; ranking the zero weights by their variates is uniform
-        zero = (~winners).nonzero()[0]
-        num_missing = k - num_positive
-        if num_missing:
-            winners[zero[_smallest(np.ones(len(zero), np.float32), num_missing, bits[zero])[0].nonzero()[0]]] = True
-        rows = winners.nonzero()[0]
-        return Draw(rows, lambda: np.where(weights[rows] > 0, 1.0, num_missing / len(zero)))
-    winners, tau = _smallest(weights, k, bits)
+    # They are ranked in float32, which takes half the memory. Rounding keeps their order; among those that round to the
+    # value at the border, as a rule few, the float64 ones decide.
+    keys = _rounded_keys(weights, bits)
+    border = np.partition(keys, k)[k]
+    if not border < np.inf:  # such is the key of a zero weight
+        positive = weights > 0
+        num_missing = k - int(np.count_nonzero(positive))
+        if num_missing >= 0:  # every positive weight wins
+            return _filled_up(weights, positive, num_missing, bits)
+    winners = keys < border
     rows = winners.nonzero()[0]
-    return Draw(rows, lambda: -np.expm1(-weights[rows].astype(np.float64) * tau()))
+    num_missing = k - len(rows)
+
+    def at_border() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        tied = (keys == border).nonzero()[0]
+        return tied, _keys(weights[tied], bits[tied])
+
+    if num_missing:  # of equal keys the first win
+        tied, exact = at_border()
+        winners[tied[np.argsort(exact, kind="stable")[:num_missing]]] = True
+        rows = winners.nonzero()[0]
+    return Draw(rows, lambda: -np.expm1(-weights[rows].astype(np.float64) * np.sort(at_border()[1])[num_missing]))
+
+
+def _filled_up(
+    weights: NDArray[np.floating], positive: NDArray[np.bool_], num_missing: int, bits: NDArray[np.uint64]
+) -> Draw:
+    """Every positive weight, and of the others, by their variates alone, as many as are missing."""
+    others = (~positive).nonzero()[0]
+    if num_missing:
+        positive[others[race(np.ones(len(others), np.float32), num_missing, bits[others]).rows]] = True
+    rows = positive.nonzero()[0]
+    return Draw(rows, lambda: np.where(weights[rows] > 0, 1.0, num_missing / len(others)))
 
 
 def _keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """What races: float64 [n]; infinite for a zero weight, which so never wins."""
     with np.errstate(divide="ignore"):
-        return exponentials(bits) / weights.astype(np.float64)
+        return exponentials(bits) / weights
 
 
-def _smallest(
-    weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]
-) -> tuple[NDArray[np.bool_], Callable[[], float]]:
-    """Mask of the k < n smallest keys (equal ones: the first), and a function that gives the (k+1)-th smallest.
-
-    Keys are ranked in float32, which takes half the memory. Rounding keeps their order; among those that round to the
-    value at the border, as a rule few, the float64 ones decide.
-    """
-    n = len(weights)
-    keys = np.empty(n, np.float32)
-    with np.errstate(over="ignore"):
-        for first in range(0, n, BLOCK_ROWS):
+def _rounded_keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """The same as float32."""
+    with np.errstate(divide="ignore", over="ignore"):
+        if len(weights) <= BLOCK_ROWS:
+            return (exponentials(bits) / weights).astype(np.float32)
+        keys = np.empty(len(weights), np.float32)
+        for first in range(0, len(weights), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
-            keys[block] = _keys(weights[block], bits[block])
-    border = np.partition(keys, k)[k]
-    winners = keys < border
-    num_missing = k - int(np.count_nonzero(winners))
-
-    def at_border() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        rows = (keys == border).nonzero()[0]
-        return rows, _keys(weights[rows], bits[rows])
-
-    if num_missing:
-        rows, exact = at_border()
-        winners[rows[np.argsort(exact, kind="stable")[:num_missing]]] = True
-    return winners, lambda: float(np.sort(at_border()[1])[num_missing])
+            keys[block] = exponentials(bits[block]) / weights[block]
+        return keys
 
 
 def systematic(weights: NDArray[np.floating], k: int, uniform: float) -> Draw:

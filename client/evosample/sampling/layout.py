@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evosample.sampling.scores import check_losses
+
 # The bits of numpy's float32 NaN. Losses are stored and hashed as their bits XOR these, so that zero bytes mean
 # "not reported": nothing has to be initialised, and a gap in a column is a gap in the losses.
 _NAN_BITS = np.uint32(0x7FC00000)
+_INFINITY_BITS = 0x7F800000
 
 
 def sample_id_dtype(num_samples: int) -> np.dtype[Any]:
@@ -41,10 +44,16 @@ def losses_of_bits(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 def recorded_losses(losses: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-    """Losses as they are recorded, non-finite ones as +inf, and how many of them there are."""
+    """Losses as they are recorded, non-finite ones as +inf, and how many of them there are.
+
+    Raises:
+        InvalidValue: a finite loss is negative.
+    """
+    if losses.view(np.uint32).max(initial=0) < _INFINITY_BITS:  # as a rule: one look finds neither a sign nor a NaN
+        return losses, 0
+    check_losses(losses)
     finite = np.isfinite(losses)
-    num_non_finite = losses.size - int(np.count_nonzero(finite))
-    return (np.where(finite, losses, np.float32(np.inf)) if num_non_finite else losses), num_non_finite
+    return np.where(finite, losses, np.float32(np.inf)), losses.size - int(np.count_nonzero(finite))
 
 
 def table_checksum(*columns: NDArray[Any] | None) -> int:

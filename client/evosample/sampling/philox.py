@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 BLOCK_ROWS = 2**16
 """What is computed of so many rows at a time stays in the processor's cache."""
 
+_BITS_OF_ONE = np.float64(1).view(np.uint64)
+
 
 class Purpose(enum.IntEnum):
     """Keeps the streams of different draws apart. The numbers are part of the definition: never change one."""
@@ -71,10 +73,15 @@ _generator = _Generator()
 
 def uniforms(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Variates in (0, 1): (bits // 2**12 + 1/2) / 2**52, exact in float64 and never 0 or 1."""
-    variates: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    ones_and_more = bits >> np.uint64(12)
+    ones_and_more |= _BITS_OF_ONE  # as float64 in [1, 2), the 52 bits being its mantissa
+    variates = ones_and_more.view(np.float64)
+    variates -= 1 - 2.0**-53
     return variates
 
 
 def exponentials(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Exp(1) variates: -log(u), u as in `uniforms`."""
-    return -np.log(uniforms(bits))
+    variates = uniforms(bits)
+    np.log(variates, out=variates)
+    return np.negative(variates, out=variates)

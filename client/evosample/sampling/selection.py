@@ -56,16 +56,16 @@ def select_mini_batch(
         num_chosen = shape.trained_rows // world_size
         if bits is None:
             (bits,) = selection_bits(spec, epoch, range(step, step + 1), rank, num_rows)
-        finite = np.isfinite(losses)
-        num_finite = np.count_nonzero(finite)
-        # All rows are the usual case: a slice copies nothing.
-        drawn_from = finite.nonzero()[0] if num_chosen <= num_finite < num_rows else slice(None)
-        if num_finite >= num_chosen:
+        drawn_from: NDArray[np.int64] | slice = slice(None)
+        finite = None if losses.max(initial=0) < np.inf else np.isfinite(losses)
+        if finite is not None and np.count_nonzero(finite) < num_chosen:  # these come first whatever they weigh
+            weights = finite.astype(np.float32)
+        else:
+            if finite is not None:
+                drawn_from = finite.nonzero()[0]
             clipped = clipped_losses(losses[drawn_from], spec.loss_clip_quantile)
             clipped.flags.writeable = False  # they are a policy's to look at, and may be the caller's own
             weights = spec.policy.sampling_weights(prior_scores[drawn_from], clipped, num_chosen)
-        else:  # these come first whatever they weigh
-            weights = finite.astype(np.float32)
         drawn = draw(spec.policy.batch_draw, weights, num_chosen, bits[drawn_from])
         rows = drawn.rows if isinstance(drawn_from, slice) else drawn_from[drawn.rows]
     else:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from evosample.sampling.epoch import FoldCounts
 from evosample.sampling.groups import Groups, group_sizes, mean_by_group
+from evosample.sampling.philox import BLOCK_ROWS
 from evosample.sampling.scores import Scores
 from evosample.sampling.spec import EpochShape, ExperimentSpec
 
@@ -18,7 +19,6 @@ _FIRST_OCTAVE, _LAST_OCTAVE = -20, 10
 SCORE_BIN_EDGES: NDArray[np.float64] = np.outer(2.0 ** np.arange(_FIRST_OCTAVE, _LAST_OCTAVE), [1, 1.5]).ravel()[1:]
 """Float64 [59]: inner edges of the bins of scores, two an octave from 2^-20 to 2^10; below and above they are open."""
 NUM_SCORE_BINS = len(SCORE_BIN_EDGES) + 1
-_BLOCK_ROWS = 1_000_000
 
 
 class GroupSummary(NamedTuple):
@@ -81,8 +81,8 @@ def score_histogram(scores: NDArray[np.float32]) -> NDArray[np.int64]:
     # A float32's sign, exponent and first bit of its mantissa number the half-octaves in ascending order.
     first = np.float32(2.0**_FIRST_OCTAVE).view(np.uint32) >> np.uint32(22)
     counts = np.zeros(NUM_SCORE_BINS, np.int64)
-    for start in range(0, len(scores), _BLOCK_ROWS):
-        bins = (scores[start : start + _BLOCK_ROWS].view(np.uint32) >> np.uint32(22)).astype(np.int64) - int(first)
+    for start in range(0, len(scores), BLOCK_ROWS):
+        bins = (scores[start : start + BLOCK_ROWS].view(np.uint32) >> np.uint32(22)).astype(np.int64) - int(first)
         counts += np.bincount(np.clip(bins, 0, NUM_SCORE_BINS - 1), minlength=NUM_SCORE_BINS)
     return counts
 
@@ -109,7 +109,9 @@ def summarize_epoch(
         mean_loss: of the losses that are finite; NaN: there is none.
         trained_before: rows that were back-propagated in all earlier epochs.
     """
-    staleness = np.bincount(scores.staleness, minlength=256)
+    staleness = np.zeros(256, np.int64)
+    for first in range(0, len(scores.staleness), BLOCK_ROWS):  # as 64-bit integers, which bincount makes of them
+        staleness += np.bincount(scores.staleness[first : first + BLOCK_ROWS], minlength=256)
     hardest = _largest(scores.scores, NUM_HARDEST)
     return EpochSummary(
         epoch=epoch,

@@ -1,6 +1,6 @@
 -- Writes losses of one rank and what comes with them, if they belong to the epoch that is open and come from its latest process.
 -- KEYS: head, claims, progress, block of a column, ...
--- ARGV: uid, plan_id, generation, rank, claim, step after the last, mean loss ('' if none), then per block: offset, bytes
+-- ARGV: uid, plan_id, generation, rank, claim, step after the last, mean loss ('' if none), then per block: its size, offset, bytes
 -- Returns 'ok', 'gone', 'superseded', 'behind' or 'closed'.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'plan_id', 'state', 'generation', 'epoch')
 if h[1] ~= ARGV[1] then
@@ -14,7 +14,11 @@ if h[2] ~= ARGV[2] or h[3] ~= 'open' then
   return 'closed'
 end
 for block = 4, #KEYS do
-  redis.call('SETRANGE', KEYS[block], ARGV[2 * block], ARGV[2 * block + 1])
+  local size, offset, bytes = ARGV[3 * block - 4], ARGV[3 * block - 3], ARGV[3 * block - 2]
+  if redis.call('EXISTS', KEYS[block]) == 0 then
+    redis.call('SETRANGE', KEYS[block], size - 1, '\0') -- all of it at once: a string that grows takes up to twice its size
+  end
+  redis.call('SETRANGE', KEYS[block], offset, bytes)
 end
 
 -- For people to look at: how far the rank is. What is sent again does not set it back.
