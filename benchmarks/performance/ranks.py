@@ -135,10 +135,3 @@ class Rank:
     def delete(self) -> None:
         """Delete the experiment."""
         self._stub.DeleteExperiment(pb.DeleteExperimentRequest(ref=self.ref))
-
-
-def streamed_per_s(rank: Rank) -> float:
-    """Samples a second, over the whole part of the first epoch."""
-    began_s = time.perf_counter()
-    num_samples = sum(len(ids) for ids in rank.stream())
-    return num_samples / (time.perf_counter() - began_s)
