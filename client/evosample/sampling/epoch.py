@@ -230,14 +230,16 @@ def permutation(bits: NDArray[np.uint64]) -> NDArray[np.int64]:
     the order of their indices: that matters little to what is in a batch.)
 
     Sorted are the 24 bits with the index below them: whole numbers, which numpy sorts several times as fast as it finds
-    out their order, and without going back and forth over all of the array.
+    out their order, and without going back and forth over all of the array. The result takes the place of the bits.
     """
-    order = bits >> _INDEX_BITS
-    order <<= _INDEX_BITS
-    order |= np.arange(len(bits), dtype=np.uint64)
-    order.sort()
-    order &= (np.uint64(1) << _INDEX_BITS) - np.uint64(1)
-    return order.view(np.int64)
+    bits >>= _INDEX_BITS
+    bits <<= _INDEX_BITS
+    for first in range(0, len(bits), BLOCK_ROWS):
+        block = bits[first : first + BLOCK_ROWS]
+        block |= np.arange(first, first + len(block), dtype=np.uint64)
+    bits.sort()
+    bits &= (np.uint64(1) << _INDEX_BITS) - np.uint64(1)
+    return bits.view(np.int64)
 
 
 def shuffle_by_shard(spec: ExperimentSpec, epoch: int, sample_ids: NDArray[Any]) -> NDArray[np.intp]:
