@@ -23,11 +23,12 @@ ROOT = Path(__file__).parents[1]
 
 # What each module may import of the project; everything below it in the picture, nothing beside or above.
 SAMPLING = ["evosample.sampling"]
-SERVER_MAY_USE = [*SAMPLING, "evosample.v1", "evosample.wire", "evosample.errors"]
+SERVER_MAY_USE = [*SAMPLING, "evosample.v1", "evosample.wire", "evosample.rows", "evosample.errors"]
 FLOORS = {
     "client/evosample/sampling": SAMPLING,
     "client/evosample/errors.py": [],
     "client/evosample/wire.py": [*SAMPLING, "evosample.v1"],
+    "client/evosample/rows.py": ["evosample.v1"],
     "client/evosample/figures.py": [*SAMPLING, "evosample.wire"],
     "client/evosample/credentials.py": ["evosample.errors"],
     "client/evosample/diagnosis.py": ["evosample.credentials"],
@@ -36,6 +37,7 @@ FLOORS = {
         "evosample.diagnosis",
         "evosample.errors",
         "evosample.private_server",
+        "evosample.rows",
         "evosample.v1",
         "evosample.wire",
     ],

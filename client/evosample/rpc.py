@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -18,7 +18,9 @@ from evosample import diagnosis, errors
 from evosample.credentials import Tls, token_to_use
 from evosample.errors import EvosampleError
 from evosample.private_server import PrivateServer
+from evosample.rows import decode_event
 from evosample.v1 import administration_pb2_grpc as administration_pb_grpc
+from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import is_local
 
@@ -64,6 +66,8 @@ class _Stub(pb_grpc.SelectionServiceStub, administration_pb_grpc.AdministrationS
     def __init__(self, channel: grpc.Channel) -> None:
         pb_grpc.SelectionServiceStub.__init__(self, channel)
         administration_pb_grpc.AdministrationServiceStub.__init__(self, channel)
+        path = f"/{pb.DESCRIPTOR.services_by_name['SelectionService'].full_name}/StreamEpoch"
+        self.StreamEpoch = channel.unary_stream(path, pb.StreamEpochRequest.SerializeToString, cast(Any, decode_event))
 
 
 class _WithHeaders(

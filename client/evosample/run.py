@@ -27,6 +27,7 @@ from evosample.errors import (
     UsageError,
     WaitTimeoutError,
 )
+from evosample.rows import Rows
 from evosample.rpc import Connection, from_grpc
 from evosample.sampling import (
     ExperimentSpec,
@@ -426,6 +427,9 @@ class Run:
             self._call = call = self._connection.stub().StreamEpoch(request, timeout=_STREAM_TIMEOUT_S)
         for response in call:
             self._connection.answered()
+            if isinstance(response, Rows):
+                self._received(response)
+                continue
             match response.WhichOneof("event"):
                 case "wait":
                     self._waiting_for = list(response.wait.waiting_for_ranks)
@@ -441,8 +445,6 @@ class Run:
                     if epoch.num_received == epoch.num_steps:
                         call.cancel()
                         return False
-                case "rows":
-                    self._received(response.rows)
         self._connection.answered()
         return self._fetching is None
 
@@ -482,7 +484,7 @@ class Run:
                 "with other rows than this run has: begin a new run, from the start of that epoch or from a checkpoint"
             )
 
-    def _received(self, rows: pb.EpochRows) -> None:
+    def _received(self, rows: Rows) -> None:
         epoch = self._fetching
         if epoch is None or rows.first_step != epoch.num_received:
             raise InternalError(f"the server sent step {rows.first_step} out of turn")
@@ -674,7 +676,7 @@ class Run:
             try:
                 for response in self._connection.stub().StreamEpoch(request, timeout=_CHECK_INTERVAL_S):
                     self._connection.answered()
-                    if response.HasField("start"):
+                    if not isinstance(response, Rows) and response.HasField("start"):
                         return response.start
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -176,7 +176,7 @@ class ServerStatus:
     store_error: str
 
 
-def column(data: bytes, dtype: DTypeLike) -> NDArray[Any]:
+def column(data: bytes | memoryview, dtype: DTypeLike) -> NDArray[Any]:
     """A received column as a read-only array over the message's own bytes."""
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
 

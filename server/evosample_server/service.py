@@ -8,10 +8,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.message import Message
 
 from evosample.errors import UnavailableError
-from evosample.sampling import Table
+from evosample.rows import encode_rows
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import (
@@ -265,26 +264,4 @@ def _epoch_event(event: EpochWait | EpochStart | EpochRows) -> pb.StreamEpochRes
                 )
             )
         case EpochRows(first_step, table):
-            return _encoded_rows(first_step, table)
-
-
-def _encoded_rows(first_step: int, table: Table) -> bytes:
-    """A StreamEpochResponse of rows as protobuf would encode it, which would copy the columns five times."""
-    pieces: list[bytes | memoryview] = [
-        pb.EpochRows(first_step=first_step, num_steps=len(table.sample_ids)).SerializeToString()
-    ]
-    for field, values in zip(("sample_ids", "prior_scores", "importance_weights"), table, strict=True):
-        if values is not None:
-            rows = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-            pieces += [_key_and_length(pb.EpochRows, field, rows.nbytes), rows.data.cast("B")]
-    return b"".join([_key_and_length(pb.StreamEpochResponse, "rows", sum(map(len, pieces))), *pieces])
-
-
-def _key_and_length(message: type[Message], field: str, num_bytes: int) -> bytes:
-    """What comes before a field of so many bytes."""
-    encoded = bytearray([message.DESCRIPTOR.fields_by_name[field].number << 3 | 2])
-    while num_bytes > 0x7F:
-        encoded.append(num_bytes & 0x7F | 0x80)
-        num_bytes >>= 7
-    encoded.append(num_bytes)
-    return bytes(encoded)
+            return encode_rows(first_step, *table)

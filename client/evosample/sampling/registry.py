@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,9 @@ from evosample.sampling.policies import (
     Uniform,
 )
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
 ENTRY_POINTS = "evosample.policies"
 """The group of entry points whose objects are policy classes."""
 
@@ -42,6 +44,13 @@ POLICIES: dict[str, type[Policy]] = {
     "selective_backprop": SelectiveBackprop,
 }
 """The policies of this package by their names in the protocol."""
+
+
+def _entry_points(name: str | None = None) -> EntryPoints:
+    from importlib.metadata import entry_points  # most never need it, and it would take 20 ms of every import
+
+    found = entry_points(group=ENTRY_POINTS)
+    return found if name is None else found.select(name=name)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class MissingPolicy(Policy):
 
     def missing(self, where: str = "where this runs") -> InvalidValue:
         """What to raise where it is needed."""
-        others = ", ".join(point.name for point in entry_points(group=ENTRY_POINTS))
+        others = ", ".join(point.name for point in _entry_points())
         return InvalidValue(
             "policy",
             self.name,
@@ -84,7 +93,7 @@ def custom_policy(name: str) -> type[Policy] | None:
     Raises:
         InvalidValue: it can't be imported, or is no policy.
     """
-    for point in entry_points(group=ENTRY_POINTS, name=name):
+    for point in _entry_points(name=name):
         try:
             policy = point.load()
         except Exception as error:
@@ -111,7 +120,7 @@ def name_of(policy: Policy) -> tuple[str, bool]:
 
 @cache  # looking for what is installed takes ten milliseconds and more
 def _custom_name(policy: type[Policy]) -> str:
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in _entry_points():
         with suppress(InvalidValue):  # of another package
             if custom_policy(point.name) is policy:
                 return point.name
