@@ -26,6 +26,7 @@ from evosample.sampling import (
     Mixture,
     Policy,
     Scores,
+    Table,
     extended_scores,
     fold_epoch,
     group_sizes,
@@ -301,8 +302,7 @@ class Planner:
         """
         store = self._store
         is_last = epoch == spec.num_epochs
-        crc = 0
-        new_rows = shape = table = None
+        shape = table = counting = None
         # While the table is made, the store takes the scores, and another thread sums up the epoch before.
         writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
         summing = None if summarize is None else asyncio.create_task(asyncio.to_thread(summarize))
@@ -310,19 +310,17 @@ class Planner:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):
                     table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
-                    crc = await asyncio.to_thread(table_checksum, *table)
-                    if was_there is not None:
-                        num_there = await asyncio.to_thread(lambda: int(np.count_nonzero(was_there[table.sample_ids])))
-                        new_rows = len(table.sample_ids) - num_there
+                counting = asyncio.create_task(asyncio.to_thread(_checksum_and_new_rows, table, was_there))
             if writing is not None and not await writing:
                 return False
+            if table is not None:
+                with self._phase("write_table"):
+                    if not await store.write_table(head, plan_id, table):
+                        return False
+            crc, new_rows = (0, None) if counting is None else await counting
             folded = None if summing is None else await summing
         finally:
-            await cancelled(task for task in (writing, summing) if task is not None)
-        if table is not None:
-            with self._phase("write_table"):
-                if not await store.write_table(head, plan_id, table):
-                    return False
+            await cancelled(task for task in (writing, summing, counting) if task is not None)
         state: ExperimentState = "finished" if is_last else "open"
         with self._phase("commit"):
             is_committed = await store.commit(
@@ -348,6 +346,12 @@ class Planner:
             with self._phase("collect"):
                 await store.collect(current)
         return True
+
+
+def _checksum_and_new_rows(table: Table, was_there: NDArray[np.bool_] | None) -> tuple[int, int | None]:
+    """A table's checksum, and how many of its rows the epoch before did not have; None: there was none."""
+    crc = table_checksum(*table)
+    return crc, None if was_there is None else int(np.count_nonzero(~was_there[table.sample_ids]))
 
 
 @contextmanager
