@@ -280,13 +280,6 @@ def _head(name: ExperimentName, fields: Mapping[bytes, bytes]) -> Head | None:
     )
 
 
-def _copied_part(column: NDArray[Any], step_rows: int, rank: int, world_size: int) -> NDArray[Any]:
-    """As `part`, in one stretch of memory. What a step has is copied as one, not row by row."""
-    part_rows = step_rows // world_size
-    parts = column.view(np.dtype((np.void, part_rows * column.itemsize)))
-    return np.ascontiguousarray(part(parts, world_size, rank, world_size)).view(column.dtype).reshape(-1, part_rows)
-
-
 class Store:
     """The verbs that experiments need of Redis.
 
@@ -857,25 +850,42 @@ class Store:
 
     async def read_part(self, head: Head, rank: int, first_step: int, num_steps: int) -> Table:
         """A rank's rows of consecutive steps of the current epoch's table, [num_steps, part rows] each."""
-        rows = head.shape.step_rows
 
         async def read(column: str, dtype: DTypeLike) -> NDArray[Any]:
-            pieces = []
-            step, stop = first_step, first_step + num_steps
-            while step < stop:  # whole steps of one block, of which only the part is copied; or one that lies in two
-                in_block = (step * rows // BLOCK_ROWS + 1) * BLOCK_ROWS // rows
-                until = min(max(in_block, step + 1), stop)
-                place = (step * rows, (until - step) * rows, head.shape.num_rows)
-                whole = await self._read(head, head.plan_id, column, dtype, *place)
-                pieces.append(_copied_part(whole, rows, rank, head.world_size))
-                step = until
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            return await self._read_part(head, column, np.dtype(dtype), rank, first_step, num_steps)
 
         return Table(
             await read("sample_id", sample_id_dtype(head.spec.num_samples)),
             await read("prior_score", np.float32),
             await read("importance_weight", np.float32) if head.spec.has_set_weights else None,
         )
+
+    async def _read_part(
+        self, head: Head, column: str, dtype: np.dtype[Any], rank: int, first_step: int, num_steps: int
+    ) -> NDArray[Any]:
+        """What `part` would give of the whole column, without joining its blocks."""
+        shape = head.shape
+        step_rows, part_rows = shape.step_rows, shape.step_rows // head.world_size
+        piece = np.dtype((np.void, part_rows * dtype.itemsize))  # a step's, which so is copied as one
+        pieces = np.empty(num_steps, piece)
+        done = 0
+        while done < num_steps:
+            first = (first_step + done) * step_rows + rank * part_rows
+            number, start = divmod(first, BLOCK_ROWS)
+            block = await self._block(head, head.plan_id, column, dtype, number, shape.num_rows)
+            count = min((len(block) - start - part_rows) // step_rows + 1, num_steps - done)
+            if count > 0:  # those that lie in this block as a whole
+                strides = (step_rows * dtype.itemsize,)
+                found = np.ndarray((count,), piece, block, start * dtype.itemsize, strides)
+                if count == num_steps and head.world_size == 1:
+                    return found.view(dtype).reshape(num_steps, part_rows)
+                pieces[done : done + count] = found
+            else:
+                count = 1
+                rows = await self._read(head, head.plan_id, column, dtype, first, part_rows, shape.num_rows)
+                pieces[done : done + 1] = rows.view(piece)
+            done += count
+        return pieces.view(dtype).reshape(num_steps, part_rows)
 
     async def take_sample_ids(self, head: Head) -> NDArray[Any]:
         """The whole table's, of a sealed epoch: it is not streamed any more, so the cache lets go of it."""
@@ -889,19 +899,26 @@ class Store:
     ) -> NDArray[Any]:
         pieces = []
         for block in _blocks(first, count):
-            key = head.keys.column(plan_id, column, block.number)
-            rows = self._cached(key)
-            if rows is None:
-                async with self._cache.loading(key):
-                    rows = self._cache.get(key)  # another reader may have brought it
-                    if rows is None:
-                        num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
-                        rows = await self._read_block(head, plan_id, column, key, np.dtype(dtype), num_rows)
-                        self._cache.put(key, rows)
+            rows = await self._block(head, plan_id, column, np.dtype(dtype), block.number, total)
             pieces.append(rows[block.start : block.start + block.num_rows])
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype)
+
+    async def _block(
+        self, head: Head, plan_id: str, column: str, dtype: np.dtype[Any], number: int, total: int
+    ) -> NDArray[Any]:
+        """A block of a column of `total` rows, out of the cache if it is there."""
+        key = head.keys.column(plan_id, column, number)
+        rows = self._cached(key)
+        if rows is None:
+            async with self._cache.loading(key):
+                rows = self._cache.get(key)  # another reader may have brought it
+                if rows is None:
+                    num_rows = min(BLOCK_ROWS, total - number * BLOCK_ROWS)
+                    rows = await self._read_block(head, plan_id, column, key, dtype, num_rows)
+                    self._cache.put(key, rows)
+        return rows
 
     async def _read_whole(self, head: Head, plan_id: str, column: str, dtype: Any, total: int) -> NDArray[Any]:
         """A column in an array of its own, without driving others out of the cache."""

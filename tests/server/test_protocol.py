@@ -15,9 +15,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 import evosample
-from evosample.sampling import checksum
+from evosample.sampling import ExperimentSpec, checksum, initial_scores, part, plan_epoch
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
+from evosample.wire import spec_to_proto
 from support import ServerProcess, fixed_losses, train
 
 N, B, CHOSEN = 200, 24, 6
@@ -502,3 +503,24 @@ def test_rows_are_encoded_as_protobuf_encodes_them(server: ServerProcess, name: 
         assert [pb.StreamEpochResponse.FromString(data).SerializeToString() for data in messages] == messages
         (rows,) = (r.rows for r in map(pb.StreamEpochResponse.FromString, messages) if r.HasField("rows"))
         assert len(rows.importance_weights) == len(rows.prior_scores) == 4 * (N // B * B) // world_size
+
+
+@pytest.mark.parametrize(("step_rows", "world_sizes"), [(1_000, (1, 4)), (1_024, (1, 512)), (100_000, (1, 2))])
+def test_parts_are_cut_out_of_blocks_that_steps_do_not_fit_into(
+    stub: pb_grpc.SelectionServiceStub, name: str, step_rows: int, world_sizes: tuple[int, ...]
+) -> None:
+    spec = ExperimentSpec(num_samples=600_500, num_epochs=4, meta_batch_size=step_rows, mini_batch_size=step_rows // 2)
+    table = plan_epoch(spec, 0, initial_scores(spec.num_samples)).table
+    request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec_to_proto(spec))
+    ref = stub.CreateExperiment(request).experiment.ref
+    for world_size in world_sizes:
+        for rank in (0, world_size // 2, world_size - 1):
+            join = pb.JoinRunRequest(ref=ref, run_id=f"of-{world_size}", rank=rank, world_size=world_size)
+            joined = stub.JoinRun(join)
+            member = pb.Member(ref=ref, generation=joined.generation, rank=rank, claim=joined.claim)
+            for first_step in (0, 1):
+                stream = pb.StreamEpochRequest(member=member, first_step=first_step)
+                rows = [response.rows for response in stub.StreamEpoch(stream) if response.HasField("rows")]
+                for column, values in (("sample_ids", table.sample_ids), ("prior_scores", table.prior_scores)):
+                    expected = part(values, step_rows, rank, world_size)[first_step:]
+                    assert b"".join(getattr(some, column) for some in rows) == expected.tobytes()
