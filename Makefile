@@ -48,7 +48,7 @@ fuzz: .venv/installed ## Send a server 200,000 malformed requests.
 bench: .venv/installed .venv/mnist ## Measure everything beside what one would use instead, and make docs/performance.md (ten minutes).
 	$(BENCH)
 
-bench-check: .venv/installed ## A minute of it, which fails if a ratio is more than twice as bad as in docs/performance.md.
+bench-check: .venv/installed ## Half a minute of it, which fails if a ratio is more than twice as bad as in docs/performance.md.
 	$(BENCH) --form short
 
 bench-peers: .venv/installed ## Measure it beside Reverb, which gets an environment of its own (Python 3.11).

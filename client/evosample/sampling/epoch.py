@@ -111,7 +111,9 @@ def keep_samples(
     """
     num_samples, policy = spec.num_samples, spec.policy
     dtype = sample_id_dtype(num_samples)
-    is_due = (scores.staleness >= spec.max_skipped_epochs) & bool(spec.max_skipped_epochs)
+    is_due: NDArray[np.bool_] = np.broadcast_to(np.False_, num_samples)  # takes no memory
+    if spec.max_skipped_epochs:
+        is_due = scores.staleness >= spec.max_skipped_epochs
     is_owed = is_due | ((scores.num_visits == 0) & policy.keeps_unvisited)
     floor = None
     if groups is not None and spec.group_floor:

@@ -8,6 +8,7 @@ stream numpy guarantees across versions; that of `Generator`'s methods it does n
 from __future__ import annotations
 
 import enum
+import functools
 import threading
 from typing import Any
 
@@ -47,7 +48,8 @@ def random_bits(seed: int, purpose: Purpose, epoch: int, step: int, first: int, 
         uint64 [count].
     """
     block, skipped = divmod(first, 4)
-    state, philox = _generator.state, _generator.philox
+    generator = _generator()
+    state, philox = generator.state, generator.philox
     state["state"]["key"][:] = seed, purpose
     state["state"]["counter"][:] = block, step, epoch, 0
     philox.state = state
@@ -68,7 +70,10 @@ class _Generator(threading.local):
         self.state: Any = self.philox.state  # of a new one: nothing is left in its buffer
 
 
-_generator = _Generator()
+@functools.cache
+def _generator() -> _Generator:
+    """Made when it is first needed: numpy.random takes 15 ms to import."""
+    return _Generator()
 
 
 def uniforms(bits: NDArray[np.uint64]) -> NDArray[np.float64]:

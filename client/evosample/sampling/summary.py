@@ -160,6 +160,15 @@ def summarize_groups(
 
 def _largest(values: NDArray[Any], k: int) -> NDArray[np.int64]:
     """Positions of the k largest values, descending; of equal ones the first."""
+    of_blocks = [
+        first + _largest_of_few(values[first : first + BLOCK_ROWS], k) for first in range(0, len(values), BLOCK_ROWS)
+    ]
+    positions = np.sort(np.concatenate(of_blocks))
+    return positions[_largest_of_few(values[positions], k)]
+
+
+def _largest_of_few(values: NDArray[Any], k: int) -> NDArray[np.int64]:
+    """The same, with a copy of all of them."""
     k = min(k, len(values))
     smallest = np.partition(values, len(values) - k)[len(values) - k]
     positions = np.flatnonzero(values > smallest)
