@@ -118,6 +118,7 @@ FLOORS = {
         "evosample_server.access",
         "evosample_server.experiments",
         "evosample_server.store",
+        "evosample_server.tasks",
     ],
     "server/evosample_server/administration.py": [
         *SERVER_MAY_USE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,10 +46,15 @@ def decode_event(data: bytes) -> pb.StreamEpochResponse | Rows:
     Raises:
         DecodeError: it is none.
     """
-    if not data.startswith(_ROWS_KEY):
-        return pb.StreamEpochResponse.FromString(data)
-    _, rows = next(_fields(memoryview(data)))
-    return Rows(**{_NAMES[number]: value for number, value in _fields(rows) if number in _NAMES})
+    if data.startswith(_ROWS_KEY):
+        with suppress(DecodeError):
+            _, rows = next(_fields(memoryview(data)))
+            return Rows(**{_NAMES[number]: value for number, value in _fields(rows) if number in _NAMES})
+    message = pb.StreamEpochResponse.FromString(data)  # another event, or a later version's rows
+    if message.WhichOneof("event") != "rows":
+        return message
+    columns = (memoryview(getattr(message.rows, name)) for name in _COLUMNS)
+    return Rows(message.rows.first_step, message.rows.num_steps, *columns)
 
 
 def _key(message: type[Message], field: str) -> int:
@@ -69,18 +75,24 @@ def _key_and_length(message: type[Message], field: str, num_bytes: int) -> bytes
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field."""
+    """Number and value of each field.
+
+    Raises:
+        DecodeError: one is of another kind than these messages have, or ends too late.
+    """
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
-        number, place = _varint(data, place)
-        if key & 7 == _VARINT:
-            yield key >> 3, number
-        elif key & 7 == _BYTES and number <= len(data) - place:
-            yield key >> 3, data[place : place + number]
-            place += number
+        if key & 7 not in (_VARINT, _BYTES):
+            raise DecodeError(f"field {key >> 3} is of kind {key & 7}")
+        value, place = _varint(data, place)
+        if key & 7 == _BYTES:
+            if value > len(data) - place:
+                raise DecodeError(f"field {key >> 3} has {value} bytes, of which {len(data) - place} are there")
+            yield key >> 3, data[place : place + value]
+            place += value
         else:
-            raise DecodeError(f"neither a whole number nor {number} bytes of field {key >> 3} at {place}")
+            yield key >> 3, value
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:

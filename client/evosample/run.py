@@ -494,11 +494,15 @@ class Run:
         if epoch is None or rows.first_step != epoch.num_received:
             raise InternalError(f"the server sent step {rows.first_step} out of turn")
         shape = (rows.num_steps, epoch.part_rows)
-        weights = column(rows.importance_weights, np.float32).reshape(shape) if rows.importance_weights else None
-        chunk = Chunk(
-            column(rows.sample_ids, sample_id_dtype(self.spec.num_samples)).astype(np.int64).reshape(shape),
-            column(rows.prior_scores, np.float32).reshape(shape),
-            weights,
+        ids, scores, weights = (
+            column(rows.sample_ids, sample_id_dtype(self.spec.num_samples)),
+            column(rows.prior_scores, np.float32),
+            column(rows.importance_weights, np.float32) if rows.importance_weights else None,
+        )
+        chunk = Chunk(  # of arrays of their own: the message itself need not be kept
+            ids.astype(np.int64).reshape(shape),
+            scores.copy().reshape(shape),
+            None if weights is None else weights.copy().reshape(shape),
         )
         with self._changed:
             epoch.chunks.append(chunk)

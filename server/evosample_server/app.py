@@ -160,7 +160,7 @@ async def _serve(
             print(f"dashboard on {dashboard.address}", flush=True)  # noqa: T201
         await stopping.wait()
         _log.info("stopping")
-        selection.end_streams()
+        await selection.end_streams()
         await cancelled(background)
         await health.enter_graceful_shutdown()
         await server.stop(_GRACE_S)

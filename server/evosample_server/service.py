@@ -24,6 +24,7 @@ from evosample.wire import (
 from evosample_server.access import audit
 from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments, GroupRows, ScoreRows
 from evosample_server.store import Member
+from evosample_server.tasks import cancelled
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -115,11 +116,10 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             yield event
         raise UnavailableError("the server is stopping")
 
-    def end_streams(self) -> None:
+    async def end_streams(self) -> None:
         """End all streams, also those that wait for something: clients go on elsewhere, or when the server is back."""
         self._has_ended = True
-        for task in self._waiting:
-            task.cancel()
+        await cancelled(self._waiting)
 
     async def ReportLosses(self, request: pb.ReportLossesRequest, context: Context) -> Any:
         num_non_finite = await self._experiments.report(

@@ -981,7 +981,7 @@ class Store:
                 script_keys.append(experiment.reported(plan_id, column, member.generation, member.rank, block.number))
                 size = min(BLOCK_ROWS, head.num_steps * num_step_values - block.number * BLOCK_ROWS)
                 args += [values.itemsize * size, values.itemsize * block.start]
-                args.append(values[done : done + block.num_rows].data.cast("B"))
+                args.append(values[done : done + block.num_rows].view(np.uint8).data)
                 done += block.num_rows
         return cast(bytes, await self._run("report", script_keys, args)).decode()
 

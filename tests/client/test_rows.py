@@ -41,6 +41,11 @@ def test_fields_of_later_versions_are_passed_over() -> None:
     found = decode_event(b"\x1a" + bytes([len(rows)]) + rows + b"\x78\x96\x01")
     assert isinstance(found, Rows)
     assert (found.first_step, bytes(found.sample_ids)) == (3, b"1234")
+    fixed = rows + b"\x7d\x00\x00\x80\x3f"  # a float
+    for data in (b"\x1a" + bytes([len(fixed)]) + fixed, b"\x78\x96\x01\x1a" + bytes([len(rows)]) + rows):
+        found = decode_event(data)
+        assert isinstance(found, Rows)
+        assert (found.first_step, found.num_steps, bytes(found.sample_ids)) == (3, 1, b"1234")
 
 
 def test_other_events_are_protobuf_s() -> None:

@@ -288,3 +288,13 @@ def test_variates_are_exponential_and_finite() -> None:
     assert np.isfinite(extremes).all()
     assert (extremes > 0).all()
     assert stats.kstest(exponentials(bits_of(1, 50_000)[0]), "expon").pvalue > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("weights", [[-0.0, 1, 0], [0, 1, -0.0], [-0.0, -0.0, 1]])
+def test_a_zero_with_a_sign_is_a_zero(weights: list[float]) -> None:
+    for row in bits_of(50, 3):
+        drawn = draw("successive", np.array(weights, np.float32), 1, row)
+        assert weights[drawn.rows[0]] == 1
+        assert drawn.inclusion_probabilities.tolist() == [1]
+        two = draw("successive", np.array([*weights, 2], np.float32), 1, np.append(row, row[:1]))
+        assert [*weights, 2][two.rows[0]] in (1, 2)

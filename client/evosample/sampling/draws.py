@@ -92,7 +92,8 @@ def race(weights: NDArray[np.floating], k: int, bits: NDArray[np.uint64]) -> Dra
 
     def at_border() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         tied = (keys == border).nonzero()[0]
-        return tied, _keys(weights[tied], bits[tied])
+        with np.errstate(divide="ignore"):
+            return tied, _keys(weights[tied], bits[tied])
 
     if num_missing:  # of equal keys the first win
         tied, exact = at_border()
@@ -114,19 +115,18 @@ def _filled_up(
 
 def _keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """What races: float64 [n]; infinite for a zero weight, which so never wins."""
-    with np.errstate(divide="ignore"):
-        return exponentials(bits) / weights
+    return exponentials(bits) / (weights + 0)  # a zero may have a sign, and its key would have it, too
 
 
 def _rounded_keys(weights: NDArray[np.floating], bits: NDArray[np.uint64]) -> NDArray[np.float32]:
     """The same as float32."""
     with np.errstate(divide="ignore", over="ignore"):
         if len(weights) <= BLOCK_ROWS:
-            return (exponentials(bits) / weights).astype(np.float32)
+            return _keys(weights, bits).astype(np.float32)
         keys = np.empty(len(weights), np.float32)
         for first in range(0, len(weights), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
-            keys[block] = exponentials(bits[block]) / weights[block]
+            keys[block] = _keys(weights[block], bits[block])
         return keys
 
 
