@@ -131,7 +131,3 @@ class Rank:
             self.finish(epoch, start)
             next(self.stream(epoch + 1, max_steps=1))
             return time.perf_counter() - began_s
-
-    def delete(self) -> None:
-        """Delete the experiment."""
-        self._stub.DeleteExperiment(pb.DeleteExperimentRequest(ref=self.ref))

@@ -840,17 +840,13 @@ class Experiments:
     # What a request must match
 
     async def _head(self, name: ExperimentName, uid: str) -> Head:
-        head = await self._store.head(name)
-        if head is None or (uid and uid != head.uid):
-            raise _gone(name, uid if head is not None else "")
-        return head
+        return _found(await self._store.head(name), name, uid)
 
     async def _head_of_member(self, name: ExperimentName, uid: str, member: Member) -> Head:
         if not uid:
             raise InvalidValue("ref.uid", uid, "the uid that CreateExperiment or GetExperiment gave")
-        head, refusal = await self._store.head_of_member(name, uid, member)
-        if head is None or uid != head.uid:
-            raise _gone(name, uid if head is not None else "")
+        current, refusal = await self._store.head_of_member(name, uid, member)
+        head = _found(current, name, uid)
         if refusal:
             self._check_answer(refusal, head, member, "")
         self._metrics.heard(name, uid, rank=member.rank, epoch=head.epoch, num_epochs=head.spec.num_epochs)
@@ -887,6 +883,13 @@ def _counted(counts: Counter[str], project: str) -> Iterator[None]:
         counts[project] -= 1
         if not counts[project]:
             del counts[project]
+
+
+def _found(head: Head | None, name: ExperimentName, uid: str) -> Head:
+    """The head, if there is one and, where a uid is given, of that experiment; else NotFoundError."""
+    if head is None or (uid and uid != head.uid):
+        raise _gone(name, uid if head is not None else "")
+    return head
 
 
 def _gone(name: ExperimentName, uid: str) -> NotFoundError:

@@ -1037,16 +1037,16 @@ class Store:
         stop = shape.num_steps
         for generation, world_size, first_step in reversed((await self.plan_info(head, plan_id)).generations):
             part_rows = shape.step_rows // world_size
-            num_values = {"loss": ("<u4", part_rows), "chosen": ("u1", -(-part_rows // 8))}
-            num_values |= dict.fromkeys(_policy_columns(names), ("<f4", part_rows))
-            for column, values in zip(
-                num_values, (report.losses, report.chosen, *report.columns.values()), strict=True
+            own = zip(_policy_columns(names), report.columns.values(), strict=True)
+            for column, dtype, num_values, values in (
+                ("loss", "<u4", part_rows, report.losses),
+                ("chosen", "u1", -(-part_rows // 8), report.chosen),
+                *((column, "<f4", part_rows, values) for column, values in own),
             ):
-                dtype, num = num_values[column]
                 parts = []
                 for rank in range(world_size if first_step < stop else 0):
                     steps = _Steps(plan_id, generation, rank, first_step, stop - first_step)
-                    parts.append(await self._read_steps(head, steps, column, dtype, num))
+                    parts.append(await self._read_steps(head, steps, column, dtype, num_values))
                 rows = values[first_step * shape.step_rows : stop * shape.step_rows]
                 await asyncio.to_thread(_put_together, rows, shape.step_rows, column, parts)
             stop = min(stop, first_step)
