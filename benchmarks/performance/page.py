@@ -39,7 +39,8 @@ than twice as bad as here.
 - **A step of 20 ms.** After other work for 20 ms code and data are no longer in the processor's cache: each call of
   numpy takes ten times as long as one after another, so that ES in plain numpy takes more than half as much. Where
   a GPU does the work, the cache is left alone.
-- **A turn of 100,000 samples** takes 0.03 s, of which half are the calls themselves.
+- **A turn of 100,000 samples** takes 0.03 s: 9 ms of planning, 4 of folding, 4 of reading, 2 of writing the table, and
+  the calls and round trips around them, which plain numpy has none of.
 """
 
 
