@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import evosample
+from evosample.rows import Rows, decode_event
 from evosample.sampling import ExperimentSpec
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
@@ -65,6 +66,7 @@ class Rank:
     """
 
     def __init__(self, address: str, name: str, spec: ExperimentSpec, *, rank: int = 0, world_size: int = 1) -> None:
+        self._address = address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = pb_grpc.SelectionServiceStub(self._channel)
         request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec_to_proto(spec))
@@ -86,6 +88,22 @@ class Rank:
             if response.HasField("rows"):
                 np.frombuffer(response.rows.prior_scores, np.float32)
                 yield np.frombuffer(response.rows.sample_ids, np.uint32)
+
+    async def connection(self) -> grpc.aio.Channel:
+        """Another one, for an event loop that many ranks share: so many threads would take Python's lock in turns."""
+        return grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+
+    async def stream_over(self, channel: grpc.aio.Channel) -> AsyncIterator[NDArray[np.uint32]]:
+        """Epoch 0 like `stream`, over a connection of an event loop."""
+        call = channel.unary_stream(
+            "/evosample.v1.SelectionService/StreamEpoch",
+            request_serializer=pb.StreamEpochRequest.SerializeToString,
+            response_deserializer=decode_event,
+        )
+        async for event in call(pb.StreamEpochRequest(member=self._member)):
+            if isinstance(event, Rows):
+                np.frombuffer(event.prior_scores, np.float32)
+                yield np.frombuffer(event.sample_ids, np.uint32)
 
     def start_of(self, epoch: int) -> pb.EpochStart:
         """How an epoch begins, once it is planned."""

@@ -7,6 +7,7 @@ may touch several; all but the head carry its uid, so that an experiment created
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from evosample.wire import ExperimentName
 
@@ -55,8 +56,12 @@ class ExperimentKeys:
     name: ExperimentName
     uid: str
 
+    @cached_property
+    def _prefix(self) -> str:
+        return f"evosample:{{{self.name.project}/{self.name.name}}}:{self.uid}"
+
     def _key(self, *parts: object) -> str:
-        return ":".join([f"evosample:{{{self.name.project}/{self.name.name}}}", self.uid, *map(str, parts)])
+        return ":".join([self._prefix, *map(str, parts)])
 
     @property
     def head(self) -> str:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -82,6 +82,7 @@ _SCRIPTS = (
 )
 _SCRIPTS_OF_MEMBERS = ("report", "finish")  # they begin with member.lua
 _MAX_PINS = 16
+_MAX_STRETCH_BLOCKS = 16
 _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _LISTEN_TIMEOUT_S = 10.0
@@ -126,7 +127,7 @@ class Head:
     next_spec: ExperimentSpec | None
     create_time: datetime.datetime
 
-    @property
+    @cached_property
     def shape(self) -> EpochShape:
         """Sizes of the current epoch, as it was planned."""
         return dataclasses.replace(
@@ -138,7 +139,7 @@ class Head:
         """The spec with all samples that were added, be they planned with or not yet."""
         return self.spec if self.next_spec is None else self.next_spec
 
-    @property
+    @cached_property
     def keys(self) -> ExperimentKeys:
         return ExperimentKeys(self.name, self.uid)
 
@@ -202,16 +203,12 @@ class _Block(NamedTuple):
     num_rows: int
 
 
-def _blocks(first: int, count: int) -> list[_Block]:
+def _blocks(first: int, count: int, size: int = BLOCK_ROWS) -> list[_Block]:
     """The stretches that the rows [first, first + count) fall into."""
     stop = first + count
     return [
-        _Block(
-            index,
-            max(first - index * BLOCK_ROWS, 0),
-            min(stop, (index + 1) * BLOCK_ROWS) - max(first, index * BLOCK_ROWS),
-        )
-        for index in range(first // BLOCK_ROWS, -(-stop // BLOCK_ROWS))
+        _Block(index, max(first - index * size, 0), min(stop, (index + 1) * size) - max(first, index * size))
+        for index in range(first // size, -(-stop // size))
     ]
 
 
@@ -863,29 +860,37 @@ class Store:
     async def _read_part(
         self, head: Head, column: str, dtype: np.dtype[Any], rank: int, first_step: int, num_steps: int
     ) -> NDArray[Any]:
-        """What `part` would give of the whole column, without joining its blocks."""
+        """What `part` would give of the whole column."""
         shape = head.shape
-        step_rows, part_rows = shape.step_rows, shape.step_rows // head.world_size
-        piece = np.dtype((np.void, part_rows * dtype.itemsize))  # a step's, which so is copied as one
-        pieces = np.empty(num_steps, piece)
-        done = 0
-        while done < num_steps:
-            first = (first_step + done) * step_rows + rank * part_rows
-            number, start = divmod(first, BLOCK_ROWS)
-            block = await self._block(head, head.plan_id, column, dtype, number, shape.num_rows)
-            count = min((len(block) - start - part_rows) // step_rows + 1, num_steps - done)
-            if count > 0:  # those that lie in this block as a whole
-                strides = (step_rows * dtype.itemsize,)
-                found = np.ndarray((count,), piece, block, start * dtype.itemsize, strides)
-                if count == num_steps and head.world_size == 1:
-                    return found.view(dtype).reshape(num_steps, part_rows)
-                pieces[done : done + count] = found
-            else:
-                count = 1
-                rows = await self._read(head, head.plan_id, column, dtype, first, part_rows, shape.num_rows)
-                pieces[done : done + 1] = rows.view(piece)
-            done += count
-        return pieces.view(dtype).reshape(num_steps, part_rows)
+        if head.world_size == 1:
+            place = (first_step * shape.step_rows, num_steps * shape.step_rows, shape.num_rows)
+            rows = await self._read(head, head.plan_id, column, dtype, *place)
+            return rows.reshape(num_steps, shape.step_rows)
+        pieces = []
+        for stretch in _blocks(first_step, num_steps, _stretch_steps(head)):
+            parts = await self._parts(head, column, dtype, stretch.number)
+            pieces.append(parts[rank, stretch.start : stretch.start + stretch.num_rows])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    async def _parts(self, head: Head, column: str, dtype: np.dtype[Any], stretch: int) -> NDArray[Any]:
+        """Some steps of a column rank by rank, [world_size, steps, part rows], out of the cache if they are there.
+
+        All ranks want their rows of them, and each would else gather them from here and there.
+        """
+        shape, world_size = head.shape, head.world_size
+        first_step = stretch * _stretch_steps(head)
+        num_steps = min(_stretch_steps(head), shape.num_steps - first_step)
+        first, count = first_step * shape.step_rows, num_steps * shape.step_rows
+        key = head.keys.column(head.plan_id, column, first // BLOCK_ROWS)  # in no block two stretches begin
+        parts = self._cached(key, world_size)
+        if parts is None:
+            async with self._cache.loading(f"{key}:{world_size}"):
+                parts = self._cache.get(key, world_size)  # another reader may have made them
+                if parts is None:
+                    rows = await self._read(head, head.plan_id, column, dtype, first, count, shape.num_rows)
+                    parts = await asyncio.to_thread(_by_rank, rows, num_steps, world_size)
+                    self._cache.put(key, parts, world_size)
+        return parts
 
     async def take_sample_ids(self, head: Head) -> NDArray[Any]:
         """The whole table's, of a sealed epoch: it is not streamed any more, so the cache lets go of it."""
@@ -931,8 +936,8 @@ class Store:
             values[block.number * BLOCK_ROWS :][: block.num_rows] = rows
         return values
 
-    def _cached(self, key: str) -> NDArray[Any] | None:
-        rows = self._cache.get(key)
+    def _cached(self, key: str, world_size: int = 1) -> NDArray[Any] | None:
+        rows = self._cache.get(key, world_size)
         (self._metrics.cache_misses if rows is None else self._metrics.cache_hits).inc()
         return rows
 
@@ -1078,6 +1083,19 @@ def _digest(groups: Groups) -> str:
     return digest.hexdigest()
 
 
+def _stretch_steps(head: Head) -> int:
+    """Of how many steps the rows are kept rank by rank: at least a block's, and enough for each rank to have many."""
+    return -(-BLOCK_ROWS * min(head.world_size, _MAX_STRETCH_BLOCKS) // head.shape.step_rows)
+
+
+def _by_rank(rows: NDArray[Any], num_steps: int, world_size: int) -> NDArray[Any]:
+    """The rows of consecutive steps as [world_size, num_steps, part rows]."""
+    part_rows = len(rows) // (num_steps * world_size)
+    piece = np.dtype((np.void, part_rows * rows.itemsize))  # a rank's of a step, which so is copied as one
+    pieces = np.ascontiguousarray(rows.view(piece).reshape(num_steps, world_size).T)
+    return pieces.view(rows.dtype).reshape(world_size, num_steps, part_rows)
+
+
 def _num_kept_summaries(spec: ExperimentSpec) -> int:
     return min(_KEPT_SUMMARIES, _KEPT_GROUP_SUMMARIES // max(spec.num_groups, 1))
 
@@ -1089,30 +1107,35 @@ def _policy_columns(columns: Iterable[str]) -> dict[str, Any]:
 
 
 class _BlockCache:
-    """Blocks of columns by key, least recently used out first. A block never changes, so it can't be stale."""
+    """Blocks of columns by key, least recently used out first. A block never changes, so it can't be stale.
+
+    Under a block's key are its rows as they stand in the table (for a world size of 1) and, for others, those of the
+    stretch of steps that begins in it, rank by rank.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._blocks: OrderedDict[str, NDArray[Any]] = OrderedDict()
+        self._blocks: OrderedDict[str, dict[int, NDArray[Any]]] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def get(self, key: str) -> NDArray[Any] | None:
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-        return self._blocks.get(key)
+    def get(self, key: str, world_size: int = 1) -> NDArray[Any] | None:
+        if key not in self._blocks:
+            return None
+        self._blocks.move_to_end(key)
+        return self._blocks[key].get(world_size)
 
-    def put(self, key: str, rows: NDArray[Any]) -> None:
-        self.drop(key)
-        self._blocks[key] = rows
-        self.num_bytes += rows.nbytes
+    def put(self, key: str, rows: NDArray[Any], world_size: int = 1) -> None:
+        layouts = self._blocks.setdefault(key, {})
+        before = layouts.get(world_size)
+        layouts[world_size] = rows
+        self._blocks.move_to_end(key)
+        self.num_bytes += rows.nbytes - (0 if before is None else before.nbytes)
         while self.num_bytes > self._max_bytes:
-            self.num_bytes -= self._blocks.popitem(last=False)[1].nbytes
+            self.drop(next(iter(self._blocks)))
 
     def drop(self, key: str) -> None:
-        rows = self._blocks.pop(key, None)
-        if rows is not None:
-            self.num_bytes -= rows.nbytes
+        self.num_bytes -= sum(rows.nbytes for rows in self._blocks.pop(key, {}).values())
 
     def loading(self, key: str) -> asyncio.Lock:
         """A lock under which one reader at a time fetches a block."""

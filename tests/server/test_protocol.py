@@ -509,7 +509,8 @@ def test_rows_are_encoded_as_protobuf_encodes_them(server: ServerProcess, name: 
 def test_parts_are_cut_out_of_blocks_that_steps_do_not_fit_into(
     stub: pb_grpc.SelectionServiceStub, name: str, step_rows: int, world_sizes: tuple[int, ...]
 ) -> None:
-    spec = ExperimentSpec(num_samples=600_500, num_epochs=4, meta_batch_size=step_rows, mini_batch_size=step_rows // 2)
+    n = 1_300_500
+    spec = ExperimentSpec(num_samples=n, num_epochs=4, meta_batch_size=step_rows, mini_batch_size=step_rows // 2)
     table = plan_epoch(spec, 0, initial_scores(spec.num_samples)).table
     request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec_to_proto(spec))
     ref = stub.CreateExperiment(request).experiment.ref
