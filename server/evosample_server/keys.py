@@ -83,7 +83,7 @@ class ExperimentKeys:
 
     @property
     def finished(self) -> str:
-        """Set: ranks that have finished the current epoch."""
+        """String: a bit for each rank, set once it has finished the current epoch."""
         return self._key("finished")
 
     @property

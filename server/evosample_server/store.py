@@ -413,7 +413,7 @@ class Store:
 
     async def status(self, head: Head) -> ExperimentStatus:
         """Everything that is shown of an experiment."""
-        finished = await cast(Any, self._redis.smembers(head.keys.finished))
+        finished = await self._finished(head)
         pins = await cast(Any, self._redis.hgetall(head.keys.pins))
         counts = (await self.plan_info(head, head.plan_id)).row_counts
         return ExperimentStatus(
@@ -425,7 +425,7 @@ class Store:
             epoch=head.epoch,
             generation=head.generation,
             world_size=head.world_size,
-            finished_ranks=tuple(sorted(map(int, finished))),
+            finished_ranks=tuple(finished.nonzero()[0].tolist()),
             create_time=head.create_time,
             retained_epochs=tuple(await self.retained_epochs(head)),
             pins={pin.decode(): int(epoch) for pin, epoch in sorted(pins.items())},
@@ -564,8 +564,14 @@ class Store:
 
     async def unfinished_ranks(self, head: Head) -> list[int]:
         """Ranks that have not finished the current epoch, ascending."""
-        finished = {int(rank) for rank in await cast(Any, self._redis.smembers(head.keys.finished))}
-        return [rank for rank in range(head.world_size) if rank not in finished]
+        return (~await self._finished(head)).nonzero()[0].tolist()
+
+    async def _finished(self, head: Head) -> NDArray[np.bool_]:
+        """Which ranks have finished the current epoch: bool [world_size]."""
+        num_bytes = -(-head.world_size // 8)
+        data = cast(bytes, await self._redis.get(head.keys.finished) or b"")
+        bits = np.frombuffer(data[:num_bytes].ljust(num_bytes, b"\0"), np.uint8)  # a later run may have more ranks
+        return np.unpackbits(bits, count=head.world_size).astype(np.bool_)
 
     async def finish(self, head: Head, member: Member, *, plan_id: str, epoch: int) -> str:
         """Mark a rank as finished; see finish.lua for the answers."""

@@ -22,10 +22,10 @@ local first_step = h[7]
 if epoch ~= h[2] then
   first_step = '0'
   local world_size = tonumber(h[6])
-  if redis.call('SCARD', KEYS[4]) < world_size then
+  if redis.call('BITCOUNT', KEYS[4]) < world_size then
     local skipped = {}
     for rank = 0, world_size - 1 do
-      if #skipped < 100 and redis.call('SISMEMBER', KEYS[4], rank) == 0 then
+      if #skipped < 100 and redis.call('GETBIT', KEYS[4], rank) == 0 then
         table.insert(skipped, rank)
       end
     end

@@ -15,8 +15,8 @@ end
 if h[6] ~= ARGV[6] or h[2] ~= ARGV[2] or (h[3] ~= 'open' and h[3] ~= 'sealed') then
   return 'closed'
 end
-local is_new = redis.call('SADD', KEYS[3], ARGV[4]) == 1
-local num_finished = redis.call('SCARD', KEYS[3])
+local is_new = redis.call('SETBIT', KEYS[3], ARGV[4], 1) == 0
+local num_finished = redis.call('BITCOUNT', KEYS[3])
 if is_new and num_finished == 1 then -- stragglers are waited for from here on, by this clock
   local now = redis.call('TIME')
   redis.call('HSET', KEYS[1], 'finish_began_ms', string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)))

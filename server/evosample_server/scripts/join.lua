@@ -62,8 +62,8 @@ if is_known then
   end
   take_place()
   if h[3] == 'open' then
-    redis.call('SREM', KEYS[3], rank) -- what its earlier process had finished, this one begins again
-    if redis.call('SCARD', KEYS[3]) == 0 then
+    redis.call('SETBIT', KEYS[3], rank, 0) -- what its earlier process had finished, this one begins again
+    if redis.call('BITCOUNT', KEYS[3]) == 0 then
       redis.call('HSET', KEYS[1], 'finish_began_ms', 0)
     end
   end
