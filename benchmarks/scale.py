@@ -34,6 +34,7 @@ _CONNECTIONS = 64  # of all ranks together: what a connection costs is not what 
 _PART_ROWS = 4  # of a step
 _REPORT_BYTES = 2**20
 _AT_ONCE = 512  # calls of the ranks under way
+_WAITING_S = 30.0
 _OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -75,6 +76,11 @@ class Rank:
                 )
             )
 
+    async def wait(self, epoch: int) -> None:
+        """Ask for rows of an epoch that others have yet to let begin."""
+        async for response in self._stub.StreamEpoch(pb.StreamEpochRequest(member=self._member, epoch=epoch)):
+            assert response.HasField("wait")
+
     async def finish(self, epoch: int) -> None:
         request = pb.FinishEpochRequest(member=self._member, epoch=epoch, plan_id=self._start.plan_id)
         await self._stub.FinishEpoch(request)
@@ -107,8 +113,11 @@ async def run(addresses: Sequence[str], server_pids: list[int], store_pid: int, 
             async with at_once:
                 await part(rank, epoch)
 
+        await measured(what, asyncio.gather(*map(one, ranks)))
+
+    async def measured(what: str, work: Awaitable[object]) -> None:
         servers_s, store_s, began_s = processor_s(server_pids), processor_s([store_pid]), time.perf_counter()
-        await asyncio.gather(*map(one, ranks))
+        await work
         seconds = time.perf_counter() - began_s
         servers_s, store_s = processor_s(server_pids) - servers_s, processor_s([store_pid]) - store_s
         each = f"{1000 * servers_s / len(ranks):6.2f} ms a rank"
@@ -119,6 +128,12 @@ async def run(addresses: Sequence[str], server_pids: list[int], store_pid: int, 
         print(f"epoch {epoch}")
         await all_of("turn, and all stream their parts" if epoch else "all stream their parts", epoch, Rank.stream)
         await all_of("all report their losses", epoch, Rank.report)
+        if not epoch:
+            waiting = [asyncio.create_task(rank.wait(1)) for rank in ranks]
+            await measured(f"all wait for each other, {_WAITING_S:g} s", asyncio.wait(waiting, timeout=_WAITING_S))
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
         await all_of("all finish", epoch, Rank.finish)
     for channel in channels:
         await channel.close()

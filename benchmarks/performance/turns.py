@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,7 +86,7 @@ def streams_beside_a_turn(num_samples: int, num_repeats: int) -> Iterator[Row]:
         Rank(server.address, "large", spec_of(num_samples, prune_ratio=_PRUNE_RATIO)) as large,
         Rank(server.address, "small", spec_of(1_000_000)) as small,
     ):
-        quiet, busy = [], []
+        quiet, busy, beside_another = [], [], []
         for epoch in range(num_repeats + 1):
             waits = _Waits(small)
             seconds = large.turn_s(epoch, beside=waits)
@@ -92,8 +95,13 @@ def streams_beside_a_turn(num_samples: int, num_repeats: int) -> Iterator[Row]:
             with waits:
                 time.sleep(seconds)
             quiet.append(waits.percentile_ms(99))
+            waits = _Waits(small)
+            with _computing(), waits:
+                time.sleep(seconds)
+            beside_another.append(waits.percentile_ms(99))
+    name = f"another experiment's wait for rows while {num_samples:,} samples turn: 99th percentile"
     yield Row(
-        f"another experiment's wait for rows while {num_samples:,} samples turn: 99th percentile",
+        name,
         busy[1:],
         "ms",
         higher_is_better=False,
@@ -101,6 +109,25 @@ def streams_beside_a_turn(num_samples: int, num_repeats: int) -> Iterator[Row]:
         compared=quiet[1:],
         ratio_target=2.0,
     )
+    yield Row(
+        name,
+        busy[1:],
+        "ms",
+        higher_is_better=False,
+        compared_with="the same while nothing turns, but a process of something else keeps one core busy",
+        compared=beside_another[1:],
+    )
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """A process that does nothing but compute, in one thread."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class _Waits:

@@ -110,6 +110,8 @@ async def _serve(
         await store.check()
     except RedisError as error:
         raise UnavailableError(f"can't use Redis at {without_password(redis_url)}: {error}") from error
+    # Calls that have yet to be begun. All ranks may call at once, and gRPC drops what is over 1,000 unless it is told.
+    max_pending_calls = max(settings.max_streams, 1_000)
     server = grpc.aio.server(
         interceptors=[ObservingInterceptor(metrics, tracer), CallInterceptor(access)],
         options=[
@@ -117,6 +119,8 @@ async def _serve(
             ("grpc.max_connection_age_ms", 1_000 * settings.max_connection_age_s),
             # More than is taken: what is over the limit is then told by us, with what to do.
             ("grpc.max_receive_message_length", 4 * settings.max_message_bytes),
+            ("grpc.server.max_pending_requests", max_pending_calls),
+            ("grpc.server.max_pending_requests_hard_limit", max_pending_calls),
         ],
     )
     address = _bind(server, settings)

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -47,6 +47,7 @@ _log = structlog.get_logger()
 
 _LOCK_TTL_S = 3.0
 _POLL_INTERVAL_S = 1.0  # should an announcement get lost
+_MAX_POLLS_PER_S = 250  # of all who wait here together
 _LISTEN_AGAIN_S = 1.0
 
 
@@ -64,6 +65,7 @@ class Planner:
         self._tracer = tracer
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
+        self._num_waiting = 0
 
     def start_turn(self, head: Head) -> None:
         """Begin a turn that nobody here waits for."""
@@ -101,9 +103,15 @@ class Planner:
         return changed
 
     async def wait(self, changed: asyncio.Event) -> None:
-        """Return once it is set, or after a second."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), _POLL_INTERVAL_S)
+        """Return once it is set, or after a second; after longer where so many wait that they would look too often."""
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(max(_POLL_INTERVAL_S, self._num_waiting / _MAX_POLLS_PER_S)):
+                await changed.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._num_waiting -= 1
 
     async def announce(self, uid: str) -> None:
         """Wake who waits for an experiment here and on all other servers: its head has changed."""

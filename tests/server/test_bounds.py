@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from evosample.v1 import selection_pb2_grpc as pb_grpc
 from faults.harness import ReplicatedServer
 from stores import StandaloneStore, wait_until
 from support import ServerProcess, fixed_losses, train
+
+_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 SETTINGS: dict[str, Any] = {"num_samples": 200, "num_epochs": 3, "meta_batch_size": 20, "mini_batch_size": 5}
 
@@ -97,6 +100,45 @@ def test_a_project_takes_so_many_watches_which_share_so_many_looks(start_server:
         assert shared_s > 5 * alone_s  # 4 s, where 0.1 was asked for
         for watching in (*watches, looks):
             watching.cancel()
+
+
+def test_thousands_of_ranks_may_call_at_once(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-streams", "4000")
+    with member_of(server) as (_, member):
+
+        async def all_at_once() -> set[object]:
+            async with contextlib.AsyncExitStack() as stack:
+                channels = [grpc.aio.insecure_channel(server.address, _OWN_CONNECTION) for _ in range(20)]
+                stubs: list[Any] = [pb_grpc.SelectionServiceStub(await stack.enter_async_context(c)) for c in channels]
+                request = pb.GetExperimentRequest(ref=member.ref)
+                calls = [stubs[number % 20].GetExperiment(request) for number in range(2500)]
+                return {await call.code() for call in calls}
+
+        assert asyncio.run(all_at_once()) == {grpc.StatusCode.OK}
+
+
+def test_ranks_that_wait_share_so_many_looks(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server("--max-streams", "4000")
+    with member_of(server) as (_, member), Redis(unix_socket_path=server.store_socket) as store:
+
+        def num_looks() -> int:
+            return int(store.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+        async def looks_of_waiting(num_streams: int, seconds: float) -> int:
+            async with contextlib.AsyncExitStack() as stack:
+                channels = [grpc.aio.insecure_channel(server.address, _OWN_CONNECTION) for _ in range(10)]
+                stubs: list[Any] = [pb_grpc.SelectionServiceStub(await stack.enter_async_context(c)) for c in channels]
+                request = pb.StreamEpochRequest(member=member, epoch=1)
+                streams = [stubs[number % 10].StreamEpoch(request) for number in range(num_streams)]
+                await asyncio.sleep(2)  # until all of them wait
+                before = num_looks()
+                await asyncio.sleep(seconds)
+                num = num_looks() - before
+                for stream in streams:
+                    stream.cancel()
+                return num
+
+        assert asyncio.run(looks_of_waiting(900, 3)) < 900 * 3 / 2
 
 
 def test_a_project_takes_so_many_exports(start_server: Callable[..., ServerProcess]) -> None:
