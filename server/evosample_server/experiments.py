@@ -619,10 +619,9 @@ class Experiments:
             return
         shape = head.shape
         check_int("first_step", first_step, 0, shape.num_steps)
-        info = await self._store.plan_info(head, head.plan_id)
         num_hidden = shape.num_hidden_steps * shape.step_rows
         factor = head.spec.policy.learning_rate_factor(shape.num_rows, num_hidden)
-        yield EpochStart(head.plan_id, shape, head.table_checksum, info.new_rows, info.skipped_ranks, factor)
+        yield EpochStart(head.plan_id, shape, head.table_checksum, head.new_rows, head.skipped_ranks, factor)
         stop = min(first_step + max_steps, shape.num_steps) if max_steps else shape.num_steps
         async for rows in self._rows(head, shape, member.rank, first_step, stop):
             yield rows

@@ -66,8 +66,8 @@ class ExperimentKeys:
     @property
     def head(self) -> str:
         """Hash: uid (none: it was deleted), birth_uid, spec, state, epoch, plan_id, table_checksum, num_steps,
-        num_hidden_steps, generation, run_id, world_size, run_position, first_step, straggler_timeout_ms,
-        finish_began_ms (when the first rank finished the epoch; 0: none has) and create_time.
+        num_hidden_steps, new_rows, skipped_ranks, generation, run_id, world_size, run_position, first_step,
+        straggler_timeout_ms, finish_began_ms (when the first rank finished the epoch; 0: none has) and create_time.
         """
         return head(self.name)
 

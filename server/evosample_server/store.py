@@ -119,6 +119,8 @@ class Head:
     table_checksum: int
     num_steps: int
     num_hidden_steps: int
+    new_rows: int | None
+    skipped_ranks: tuple[int, ...]
     groups_id: str
     groups_size: int
     groups_digest: str
@@ -178,8 +180,6 @@ class PlanInfo(NamedTuple):
 
     row_counts: RowCounts
     generations: tuple[PlanGeneration, ...]
-    new_rows: int | None
-    skipped_ranks: tuple[int, ...]
     num_steps: int
     mixture: NDArray[np.float64] | None
     groups_id: str
@@ -267,6 +267,8 @@ def _head(name: ExperimentName, fields: Mapping[bytes, bytes]) -> Head | None:
         table_checksum=int(fields[b"table_checksum"]),
         num_steps=int(fields[b"num_steps"]),
         num_hidden_steps=int(fields[b"num_hidden_steps"]),
+        new_rows=int(fields[b"new_rows"]) if fields.get(b"new_rows") else None,
+        skipped_ranks=tuple(map(int, fields.get(b"skipped_ranks", b"").split())),
         groups_id=fields.get(b"groups_id", b"").decode(),
         groups_size=int(fields.get(b"groups_size", 0)),
         groups_digest=fields.get(b"groups_digest", b"").decode(),
@@ -636,12 +638,9 @@ class Store:
             if field.startswith(b"generation:")
         ]
         counts = RowCounts(*(int(fields.get(field.encode(), 0)) for field in RowCounts._fields))
-        new_rows = fields.get(b"new_rows")
         return PlanInfo(
             counts,
             tuple(sorted(generations)),
-            None if new_rows is None else int(new_rows),
-            tuple(map(int, fields.get(b"skipped_ranks", b"").split())),
             int(fields.get(b"num_steps", 0)),
             np.frombuffer(fields[b"mixture"], "<f8") if b"mixture" in fields else None,
             fields.get(b"groups_id", b"").decode(),

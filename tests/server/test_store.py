@@ -36,6 +36,7 @@ def test_a_late_collection_spares_the_epoch_that_a_job_has_gone_back_to(start_se
         for epoch in run:
             if epoch.number == 2:
                 break
+            new_share = epoch.new_share
             for batch in epoch:
                 batch.select(losses[batch.epoch, batch.sample_ids])
         before = experiment.export_scores(epoch=1)
@@ -43,6 +44,7 @@ def test_a_late_collection_spares_the_epoch_that_a_job_has_gone_back_to(start_se
         assert stale.epoch == 2
         again = experiment.epochs(position=(1, 3))
         epoch = next(again)
+        assert epoch.new_share == new_share == 0
         assert asyncio.run(with_store(stale)).epoch == 1
         np.testing.assert_array_equal(experiment.export_scores(epoch=1).scores, before.scores)
         again.close()

@@ -37,6 +37,8 @@ redis.call('HSET', KEYS[1], 'epoch', epoch, 'plan_id', plan_id, 'state', state, 
   'table_checksum', table_checksum, 'num_steps', num_steps, 'num_hidden_steps', ARGV[11], 'finish_began_ms', 0)
 redis.call('HSET', KEYS[3], epoch, plan_id)
 redis.call('HSET', KEYS[5], 'num_steps', num_steps, unpack(ARGV, 15))
+local of_rows = redis.call('HMGET', KEYS[5], 'new_rows', 'skipped_ranks') -- which going back to the plan leaves to it
+redis.call('HSET', KEYS[1], 'new_rows', of_rows[1] or '', 'skipped_ranks', of_rows[2] or '')
 if ARGV[14] ~= '' then
   redis.call('HSET', KEYS[1], 'spec', ARGV[14])
   redis.call('HSET', KEYS[5], 'spec', ARGV[14])
