@@ -20,6 +20,7 @@ import evosample
 from evosample.sampling import EvolvedSampling
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
+from evosample_server.__main__ import is_zen_4
 from support import ServerProcess, fixed_losses, train
 
 SETTINGS: dict[str, Any] = {"num_samples": 100, "num_epochs": 3, "meta_batch_size": 10, "mini_batch_size": 5}
@@ -234,3 +235,18 @@ def test_deleting_and_finishing_leave_no_keys_behind(start_server: Callable[...,
         client.delete_experiment("e")
         assert not list(client.list_experiments())
     assert store.keys("*") == []
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "is_slow"),
+    [
+        ("AuthenticAMD", 25, "fpu avx2 avx512f avx512vl", True),
+        ("AuthenticAMD", 25, "fpu avx2", False),  # Zen 3
+        ("AuthenticAMD", 26, "fpu avx2 avx512f avx512vl", False),  # Zen 5
+        ("GenuineIntel", 6, "fpu avx2 avx512f avx512vl", False),
+    ],
+)
+def test_numpy_is_kept_from_instructions_that_are_slow(vendor: str, family: int, flags: str, is_slow: bool) -> None:
+    core = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: {flags}\nbugs\t\t:\n\n"
+    assert is_zen_4((core + core).splitlines(keepends=True)) == is_slow
+    assert not is_zen_4([])
