@@ -88,6 +88,7 @@ FLOORS = {
     ],
     "server/evosample_server/experiments.py": [
         *SERVER_MAY_USE,
+        "evosample_server.keys",
         "evosample_server.metrics",
         "evosample_server.planner",
         "evosample_server.store",

@@ -47,6 +47,7 @@ from evosample.sampling import (
     shown,
 )
 from evosample.wire import ExperimentName, ExperimentStatus, Position, Watched, check_column
+from evosample_server.keys import BLOCK_ROWS
 from evosample_server.metrics import Metrics
 from evosample_server.planner import Planner
 from evosample_server.store import Head, Member, Store
@@ -57,7 +58,7 @@ _MAX_PAGE_SHARDS = 200_000  # up to 1 MiB of their sizes in a message
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
 _WATCH_S = 600.0
-_TARGET_MESSAGE_BYTES = 2**19  # larger ones do not stay in the processor's cache
+_TARGET_MESSAGE_BYTES = 2 * BLOCK_ROWS  # a quarter of a block, as a rule; more does not stay in the processor's cache
 _EXPORT_BYTES = 960_000
 _MAX_EXTENDED_SAMPLES = 2**32  # beyond it ids would need more bytes, from one epoch to the next
 _MAX_PROJECT_EXPORTS = 10

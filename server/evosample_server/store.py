@@ -83,6 +83,7 @@ _SCRIPTS = (
 _SCRIPTS_OF_MEMBERS = ("report", "finish")  # they begin with member.lua
 _MAX_PINS = 16
 _MAX_STRETCH_BLOCKS = 16
+_MAX_CACHED_SCORES = 0.25  # of the cache, those of one experiment
 _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _LISTEN_TIMEOUT_S = 10.0
@@ -668,7 +669,9 @@ class Store:
         """Write a plan's scores; False if the plan was collected meanwhile."""
         columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
         columns |= _policy_columns(scores.columns)
-        return await self._write_columns(head, plan_id, columns, is_read_soon=False)
+        # The next turn reads them. Large ones would drive all tables out of the cache until then.
+        fits = sum(values.nbytes for values in columns.values()) <= self._cache.max_bytes * _MAX_CACHED_SCORES
+        return await self._write_columns(head, plan_id, columns, is_cached=fits)
 
     async def write_groups(self, head: Head, groups: Groups) -> None:
         """Make these the groups of an experiment, unless it is gone, or has grown or gone on by epochs meanwhile.
@@ -679,7 +682,7 @@ class Store:
         if not await self.register_plan(head, groups_id, head.epoch + 2):
             return
         columns = {column: values for column, values in zip(_GROUP_COLUMNS, groups, strict=True) if values is not None}
-        if not await self._write_columns(head, groups_id, columns, is_read_soon=True):
+        if not await self._write_columns(head, groups_id, columns, is_cached=True):
             return
         args = [head.uid, groups_id, len(groups.ids), _digest(groups), _bytes_of(head.extended_spec)]
         if await self._run("set_groups", [head.keys.head, head.keys.plans, head.keys.doomed], args):
@@ -711,23 +714,23 @@ class Store:
         """Write a plan's table; False if the plan was collected meanwhile."""
         columns = dict(zip(_TABLE_COLUMNS, table, strict=True))
         present = {column: rows for column, rows in columns.items() if rows is not None}
-        return await self._write_columns(head, plan_id, present, is_read_soon=True)
+        return await self._write_columns(head, plan_id, present, is_cached=True)
 
     async def _write_columns(
-        self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_read_soon: bool
+        self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
     ) -> bool:
         experiment = head.keys
         for column, values in columns.items():
             for block in _blocks(0, len(values)):
                 rows = values[block.number * BLOCK_ROWS :][: block.num_rows]
-                if is_read_soon:
+                if is_cached:
                     rows = rows.copy()  # a cached view would keep the whole column alive
                     rows.flags.writeable = False
                 key = experiment.column(plan_id, column, block.number)
                 args = [head.uid, plan_id, rows.data.cast("B")]
                 if not await self._run("write", [experiment.head, experiment.plans, key], args):
                     return False
-                if is_read_soon:
+                if is_cached:
                     self._cache.put(key, rows)
         return True
 
@@ -788,7 +791,7 @@ class Store:
             await cast(Any, self._redis.hdel(experiment.doomed, plan_id))
         for plan_id in await cast(Any, self._redis.hvals(experiment.epochs)):
             if plan_id.decode() != head.plan_id:
-                columns = self._drop_table(experiment, head.extended_spec, plan_id.decode())
+                columns = self._drop(experiment, head.extended_spec, plan_id.decode(), _TABLE_COLUMNS)
                 for first in range(0, len(columns), 1000):
                     some = columns[first : first + 1000]
                     await self._run("unlink_table", [experiment.head, *some], [head.uid, plan_id])
@@ -810,15 +813,19 @@ class Store:
             )
         await self._redis.unlink(experiment.plan(plan_id))
 
-    def _drop_table(self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str) -> list[str]:
-        """Let go of a table's blocks in memory; returns their keys."""
-        names = self._column_keys(experiment, spec, plan_id, [*_TABLE_COLUMNS])
+    def _drop(
+        self, experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: Iterable[str]
+    ) -> list[str]:
+        """Let go of the blocks of some columns in memory; returns their keys."""
+        names = self._column_keys(experiment, spec, plan_id, columns)
         for name in names:
             self._cache.drop(name)
         return names
 
     @staticmethod
-    def _column_keys(experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: list[str]) -> list[str]:
+    def _column_keys(
+        experiment: ExperimentKeys, spec: ExperimentSpec, plan_id: str, columns: Iterable[str]
+    ) -> list[str]:
         blocks = range(-(-spec.num_samples // BLOCK_ROWS))
         return [experiment.column(plan_id, column, block) for column in columns for block in blocks]
 
@@ -831,13 +838,14 @@ class Store:
     # Columns
 
     async def read_scores(self, head: Head, plan_id: str) -> Scores:
-        """All samples' scores at the start of a plan's epoch, in arrays of their own."""
+        """All samples' scores at the start of a plan's epoch, in arrays of their own; the cache lets go of them."""
 
         async def whole(column: str, dtype: DTypeLike) -> NDArray[Any]:
             return await self._read_whole(head, plan_id, column, dtype, head.spec.num_samples)
 
         fixed = [await whole(column, dtype) for column, dtype in _SCORE_COLUMNS.items()]
         own = [await whole(column, np.float32) for column in _policy_columns(head.spec.policy.columns)]
+        self._drop(head.keys, head.spec, plan_id, [*_SCORE_COLUMNS, *_policy_columns(head.spec.policy.columns)])
         return Scores._make([*fixed, dict(zip(head.spec.policy.columns, own, strict=True))])
 
     async def read_score_rows(self, head: Head, plan_id: str, first: int, count: int) -> Scores:
@@ -901,7 +909,7 @@ class Store:
         """The whole table's, of a sealed epoch: it is not streamed any more, so the cache lets go of it."""
         dtype = sample_id_dtype(head.spec.num_samples)
         sample_ids = await self._read_whole(head, head.plan_id, "sample_id", dtype, head.shape.num_rows)
-        self._drop_table(head.keys, head.spec, head.plan_id)
+        self._drop(head.keys, head.spec, head.plan_id, _TABLE_COLUMNS)
         return sample_ids
 
     async def _read(
@@ -1120,7 +1128,7 @@ class _BlockCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._blocks: OrderedDict[str, dict[int, NDArray[Any]]] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -1136,7 +1144,7 @@ class _BlockCache:
         layouts[world_size] = rows
         self._blocks.move_to_end(key)
         self.num_bytes += rows.nbytes - (0 if before is None else before.nbytes)
-        while self.num_bytes > self._max_bytes:
+        while self.num_bytes > self.max_bytes:
             self.drop(next(iter(self._blocks)))
 
     def drop(self, key: str) -> None:
