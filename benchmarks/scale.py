@@ -131,6 +131,7 @@ async def run(addresses: Sequence[str], server_pids: list[int], store_pid: int, 
         if not epoch:
             waiting = [asyncio.create_task(rank.wait(1)) for rank in ranks]
             await measured(f"all wait for each other, {_WAITING_S:g} s", asyncio.wait(waiting, timeout=_WAITING_S))
+            assert not any(task.done() for task in waiting)
             for task in waiting:
                 task.cancel()
             await asyncio.wait(waiting)

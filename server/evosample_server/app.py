@@ -110,8 +110,8 @@ async def _serve(
         await store.check()
     except RedisError as error:
         raise UnavailableError(f"can't use Redis at {without_password(redis_url)}: {error}") from error
-    # Calls that have yet to be begun. All ranks may call at once, and gRPC drops what is over 1,000 unless it is told.
-    max_pending_calls = max(settings.max_streams, 1_000)
+    # Calls that have yet to be begun. All ranks may call at once, and gRPC drops some of over 1,000 unless it is told.
+    max_pending_calls = max(settings.max_streams, 3_000)
     server = grpc.aio.server(
         interceptors=[ObservingInterceptor(metrics, tracer), CallInterceptor(access)],
         options=[

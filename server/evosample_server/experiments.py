@@ -58,7 +58,7 @@ _MAX_PAGE_SHARDS = 200_000  # up to 1 MiB of their sizes in a message
 _MAX_NAMED_RANKS = 100
 _WAIT_MESSAGE_INTERVAL_S = 2.0
 _WATCH_S = 600.0
-_TARGET_MESSAGE_BYTES = 2 * BLOCK_ROWS  # a quarter of a block, as a rule; more does not stay in the processor's cache
+_TARGET_MESSAGE_BYTES = 8 * BLOCK_ROWS // 4  # as a rule a quarter of a block; more leaves the processor's cache
 _EXPORT_BYTES = 960_000
 _MAX_EXTENDED_SAMPLES = 2**32  # beyond it ids would need more bytes, from one epoch to the next
 _MAX_PROJECT_EXPORTS = 10
@@ -614,7 +614,7 @@ class Experiments:
                 ranks = await self._store.unfinished_ranks(head) if head.state == "open" else []
                 yield EpochWait(ranks[:_MAX_NAMED_RANKS])
                 last_message_s = time.monotonic()
-            await self._planner.wait(changed)
+            await self._planner.wait(head, changed)
         if head.state == "finished":
             await self._store.replicated(name)  # this rank may end now, and could send nothing again
             return

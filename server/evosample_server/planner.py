@@ -47,6 +47,7 @@ _log = structlog.get_logger()
 
 _LOCK_TTL_S = 3.0
 _POLL_INTERVAL_S = 1.0  # should an announcement get lost
+_MAX_POLL_INTERVAL_S = 10.0
 _MAX_POLLS_PER_S = 250  # of all who wait here together
 _LISTEN_AGAIN_S = 1.0
 
@@ -66,6 +67,7 @@ class Planner:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
         self._num_waiting = 0
+        self._lookouts: set[str] = set()  # uids of the experiments for which one of those that wait looks out
 
     def start_turn(self, head: Head) -> None:
         """Begin a turn that nobody here waits for."""
@@ -102,16 +104,29 @@ class Planner:
             changed = self._changed[uid] = asyncio.Event()
         return changed
 
-    async def wait(self, changed: asyncio.Event) -> None:
-        """Return once it is set, or after a second; after longer where so many wait that they would look too often."""
+    async def wait(self, head: Head, changed: asyncio.Event) -> None:
+        """Return once the head has changed, or to look for oneself: an announcement may get lost.
+
+        Of those that wait for an experiment one looks out for all, every second; the others look the more seldom the
+        more wait here.
+        """
+        is_lookout = head.uid not in self._lookouts
+        others_s = min(max(_POLL_INTERVAL_S, self._num_waiting / _MAX_POLLS_PER_S), _MAX_POLL_INTERVAL_S)
         self._num_waiting += 1
+        if is_lookout:
+            self._lookouts.add(head.uid)
         try:
-            async with asyncio.timeout(max(_POLL_INTERVAL_S, self._num_waiting / _MAX_POLLS_PER_S)):
+            async with asyncio.timeout(_POLL_INTERVAL_S if is_lookout else others_s):
                 await changed.wait()
         except TimeoutError:
-            pass
+            if is_lookout:
+                current = await self._store.head(head.name)
+                if current is None or current.identity() != head.identity():
+                    self._wake(head.uid)
         finally:
             self._num_waiting -= 1
+            if is_lookout:
+                self._lookouts.discard(head.uid)
 
     async def announce(self, uid: str) -> None:
         """Wake who waits for an experiment here and on all other servers: its head has changed."""
@@ -126,7 +141,7 @@ class Planner:
                 return head
             changed = self.change_of(head.uid)
             if not await self.turn(head):
-                await self.wait(changed)
+                await self.wait(head, changed)
 
     async def turn(self, head: Head) -> bool:
         """Make the turn that `head` is due; False if someone else is at it."""
@@ -185,7 +200,10 @@ class Planner:
             next_spec = spec
             with self._phase("read"):
                 scores = await store.read_scores(head, plan_id)
-                row_counts = (await store.plan_info(head, plan_id)).row_counts
+                info = await store.plan_info(head, plan_id)
+            row_counts = info.row_counts
+            if info.groups_id != head.groups_id:  # which makes it another table: a plan's blocks never change
+                plan_id, is_replan = secrets.token_hex(8), False
         else:
             plan_id = secrets.token_hex(8)
             if head.state == "unplanned":

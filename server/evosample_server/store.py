@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -83,7 +84,7 @@ _SCRIPTS = (
 _SCRIPTS_OF_MEMBERS = ("report", "finish")  # they begin with member.lua
 _MAX_PINS = 16
 _MAX_STRETCH_BLOCKS = 16
-_MAX_CACHED_SCORES = 0.25  # of the cache, those of one experiment
+_MAX_SCORES_SHARE = 0.25  # of the cache, those of one experiment
 _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _LISTEN_TIMEOUT_S = 10.0
@@ -294,6 +295,8 @@ class Store:
         self._redis = redis
         self._retain_epochs = retain_epochs
         self._cache = _BlockCache(cache_bytes)
+        # A thread of its own: where streams shared those of turns they would wait for these.
+        self._laying_out = ThreadPoolExecutor(1)
         self._metrics = metrics
         metrics.cache_bytes.set_function(lambda: self._cache.num_bytes)
         folder = importlib.resources.files(__package__) / "scripts"
@@ -669,8 +672,8 @@ class Store:
         """Write a plan's scores; False if the plan was collected meanwhile."""
         columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
         columns |= _policy_columns(scores.columns)
-        # The next turn reads them. Large ones would drive all tables out of the cache until then.
-        fits = sum(values.nbytes for values in columns.values()) <= self._cache.max_bytes * _MAX_CACHED_SCORES
+        # If it is made here, the next turn reads them. Large ones would drive tables out of the cache until then.
+        fits = sum(values.nbytes for values in columns.values()) <= self._cache.max_bytes * _MAX_SCORES_SHARE
         return await self._write_columns(head, plan_id, columns, is_cached=fits)
 
     async def write_groups(self, head: Head, groups: Groups) -> None:
@@ -883,7 +886,7 @@ class Store:
         for stretch in _blocks(first_step, num_steps, _stretch_steps(head)):
             parts = await self._parts(head, column, dtype, stretch.number)
             pieces.append(parts[rank, stretch.start : stretch.start + stretch.num_rows])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return np.concatenate(pieces)  # a copy in any case: a reader that is slow keeps no more than its own rows
 
     async def _parts(self, head: Head, column: str, dtype: np.dtype[Any], stretch: int) -> NDArray[Any]:
         """Some steps of a column rank by rank, [world_size, steps, part rows], out of the cache if they are there.
@@ -900,8 +903,10 @@ class Store:
             async with self._cache.loading(f"{key}:{world_size}"):
                 parts = self._cache.get(key, world_size)  # another reader may have made them
                 if parts is None:
-                    rows = await self._read(head, head.plan_id, column, dtype, first, count, shape.num_rows)
-                    parts = await asyncio.to_thread(_by_rank, rows, num_steps, world_size)
+                    rows = self._pieces(head, head.plan_id, column, dtype, first, count, shape.num_rows)
+                    pieces = [piece async for piece in rows]
+                    loop = asyncio.get_running_loop()
+                    parts = await loop.run_in_executor(self._laying_out, _by_rank, pieces, num_steps, world_size)
                     self._cache.put(key, parts, world_size)
         return parts
 
@@ -939,15 +944,24 @@ class Store:
         return rows
 
     async def _read_whole(self, head: Head, plan_id: str, column: str, dtype: Any, total: int) -> NDArray[Any]:
-        """A column in an array of its own, without driving others out of the cache."""
-        values = np.empty(total, dtype)
-        for block in _blocks(0, total):
+        """A column in an array of its own."""
+        values, done = np.empty(total, dtype), 0
+        async for rows in self._pieces(head, plan_id, column, values.dtype, 0, total, total):
+            values[done : done + len(rows)] = rows
+            done += len(rows)
+        return values
+
+    async def _pieces(
+        self, head: Head, plan_id: str, column: str, dtype: np.dtype[Any], first: int, count: int, total: int
+    ) -> AsyncIterator[NDArray[Any]]:
+        """Rows of a column, block by block, without driving others out of the cache."""
+        for block in _blocks(first, count):
             key = head.keys.column(plan_id, column, block.number)
             rows = self._cached(key)
             if rows is None:
-                rows = await self._read_block(head, plan_id, column, key, values.dtype, block.num_rows)
-            values[block.number * BLOCK_ROWS :][: block.num_rows] = rows
-        return values
+                num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
+                rows = await self._read_block(head, plan_id, column, key, dtype, num_rows)
+            yield rows[block.start : block.start + block.num_rows]
 
     def _cached(self, key: str, world_size: int = 1) -> NDArray[Any] | None:
         rows = self._cache.get(key, world_size)
@@ -1101,12 +1115,13 @@ def _stretch_steps(head: Head) -> int:
     return -(-BLOCK_ROWS * min(head.world_size, _MAX_STRETCH_BLOCKS) // head.shape.step_rows)
 
 
-def _by_rank(rows: NDArray[Any], num_steps: int, world_size: int) -> NDArray[Any]:
-    """The rows of consecutive steps as [world_size, num_steps, part rows]."""
+def _by_rank(pieces: list[NDArray[Any]], num_steps: int, world_size: int) -> NDArray[Any]:
+    """The rows of consecutive steps, piece by piece, as [world_size, num_steps, part rows]."""
+    rows = np.concatenate(pieces)
     part_rows = len(rows) // (num_steps * world_size)
     piece = np.dtype((np.void, part_rows * rows.itemsize))  # a rank's of a step, which so is copied as one
-    pieces = np.ascontiguousarray(rows.view(piece).reshape(num_steps, world_size).T)
-    return pieces.view(rows.dtype).reshape(world_size, num_steps, part_rows)
+    by_rank = np.ascontiguousarray(rows.view(piece).reshape(num_steps, world_size).T)
+    return by_rank.view(rows.dtype).reshape(world_size, num_steps, part_rows)
 
 
 def _num_kept_summaries(spec: ExperimentSpec) -> int:

@@ -129,11 +129,13 @@ def test_ranks_that_wait_share_so_many_looks(start_server: Callable[..., ServerP
                 channels = [grpc.aio.insecure_channel(server.address, _OWN_CONNECTION) for _ in range(10)]
                 stubs: list[Any] = [pb_grpc.SelectionServiceStub(await stack.enter_async_context(c)) for c in channels]
                 request = pb.StreamEpochRequest(member=member, epoch=1)
+                first = num_looks()
                 streams = [stubs[number % 10].StreamEpoch(request) for number in range(num_streams)]
-                await asyncio.sleep(2)  # until all of them wait
+                await asyncio.to_thread(wait_until, lambda: num_looks() >= first + num_streams, "all of them to wait")
                 before = num_looks()
                 await asyncio.sleep(seconds)
                 num = num_looks() - before
+                assert not any(stream.done() for stream in streams)
                 for stream in streams:
                     stream.cancel()
                 return num

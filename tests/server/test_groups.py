@@ -12,7 +12,7 @@ import redis
 from numpy.typing import NDArray
 
 import evosample
-from evosample.sampling import Groups, initial_scores, plan_epoch
+from evosample.sampling import Groups, initial_scores, plan_epoch, table_checksum
 from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from evosample.wire import ExperimentName
@@ -154,6 +154,51 @@ def test_an_epoch_whose_groups_were_changed_is_gone_on_with_at_its_start(client:
     with pytest.raises(evosample.FailedPreconditionError, match=r"groups were changed since epoch 1 was planned"):
         experiment.epochs(position=(1, 3))
     train(experiment, position=(1, 0))
+
+
+def test_other_servers_have_no_rows_of_an_epoch_as_it_was_before_its_groups_were_changed(
+    start_server: Callable[..., ServerProcess],
+) -> None:
+    planning = start_server()
+    reading = start_server("--redis-url", f"unix://{planning.store_socket}")
+    with (
+        evosample.connect(planning.address) as client,
+        grpc.insecure_channel(planning.address) as channel,
+        grpc.insecure_channel(reading.address) as other_channel,
+    ):
+        experiment = client.create_experiment("e", **FLOOR)
+        stub, other = pb_grpc.SelectionServiceStub(channel), pb_grpc.SelectionServiceStub(other_channel)
+
+        def members(run_id: str, **place: Any) -> list[pb.Member]:
+            found = []
+            for rank in range(2):
+                join = pb.JoinRunRequest(ref=experiment.ref, run_id=run_id, rank=rank, world_size=2, **place)
+                joined = stub.JoinRun(join)
+                found.append(pb.Member(ref=experiment.ref, generation=joined.generation, rank=rank, claim=joined.claim))
+            return found
+
+        def table_from(stub: Any, ranks: list[pb.Member], epoch: int) -> tuple[pb.EpochStart, int]:
+            """How an epoch starts, and the checksum of its rows as they come."""
+            parts = []
+            for member in ranks:
+                responses = list(stub.StreamEpoch(pb.StreamEpochRequest(member=member, epoch=epoch), timeout=20))
+                (rows,) = (response.rows for response in responses if response.HasField("rows"))
+                parts.append((np.frombuffer(rows.sample_ids, np.uint32), np.frombuffer(rows.prior_scores, np.float32)))
+            columns = (np.stack([c.reshape(-1, 10) for c in both], axis=1).ravel() for both in zip(*parts, strict=True))
+            return next(r.start for r in responses if r.HasField("start")), table_checksum(*columns)
+
+        ranks = members("first")
+        for epoch in (0, 1):
+            start, checksum = table_from(other, ranks, epoch)
+            assert checksum == start.table_checksum
+            for member in ranks:
+                stub.FinishEpoch(pb.FinishEpochRequest(member=member, epoch=epoch, plan_id=start.plan_id))
+            table_from(stub, ranks, epoch + 1)  # planned here
+        experiment.set_groups(np.roll(IDS, 1))
+        ranks = members("second", position=pb.Position(epoch=1))
+        again, checksum = table_from(stub, ranks, 1)
+        assert checksum == again.table_checksum != start.table_checksum
+        assert table_from(other, ranks, 1) == (again, checksum)
 
 
 def test_a_server_that_ends_between_groups_and_their_plan_trains_by_them_all_the_same(

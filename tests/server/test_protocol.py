@@ -324,6 +324,31 @@ def test_a_restarted_rank_has_not_finished_what_its_earlier_process_had(
     restarted.report(plan_id, np.ones(B // 2), num_steps=1)
 
 
+def test_which_of_many_ranks_have_finished_is_told(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
+    of_many = spec(meta_batch_size=20, mini_batch_size=10)
+    request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=of_many)
+    ref = stub.CreateExperiment(request).experiment.ref
+    members = []
+    for rank in range(10):
+        joined = stub.JoinRun(pb.JoinRunRequest(ref=ref, run_id="run", rank=rank, world_size=10))
+        members.append(pb.Member(ref=ref, generation=joined.generation, rank=rank, claim=joined.claim))
+
+    def start_of(epoch: int) -> pb.EpochStart:
+        responses = stub.StreamEpoch(pb.StreamEpochRequest(member=members[0], epoch=epoch), timeout=20)
+        return next(response.start for response in responses if response.HasField("start"))
+
+    plan_id = start_of(0).plan_id
+    for rank in (9, 0, 8):
+        answer = stub.FinishEpoch(pb.FinishEpochRequest(member=members[rank], plan_id=plan_id))
+    assert list(answer.waiting_for_ranks) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(stub.GetExperiment(pb.GetExperimentRequest(ref=ref)).experiment.finished_ranks) == [0, 8, 9]
+    forced = stub.ForceFinishEpoch(pb.ForceFinishEpochRequest(ref=ref, epoch=0))
+    assert list(forced.skipped_ranks) == list(start_of(1).skipped_ranks) == [1, 2, 3, 4, 5, 6, 7]
+    for rank in range(9):
+        answer = stub.FinishEpoch(pb.FinishEpochRequest(member=members[rank], epoch=1, plan_id=start_of(1).plan_id))
+    assert list(answer.waiting_for_ranks) == [9]
+
+
 def test_a_thin_client_gets_the_choices_that_other_clients_draw_themselves(
     client: evosample.Client, stub: pb_grpc.SelectionServiceStub, name: str
 ) -> None:
