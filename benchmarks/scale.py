@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import grpc
 from performance.ranks import serving, serving_from
+from performance.raw import LIMITS
 
 import evosample
 from evosample.sampling import ExperimentSpec
@@ -35,7 +36,6 @@ _PART_ROWS = 4  # of a step
 _REPORT_BYTES = 2**20
 _AT_ONCE = 512  # calls of the ranks under way
 _WAITING_S = 30.0
-_OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
 
 
 class Rank:
@@ -101,7 +101,7 @@ async def run(addresses: Sequence[str], server_pids: list[int], store_pid: int, 
         mini_batch_size=options.ranks,
         policy=evosample.EvolvedSampling(prune_ratio=0.2, annealing=0),
     )
-    channels = [grpc.aio.insecure_channel(addresses[i % len(addresses)], _OPTIONS) for i in range(_CONNECTIONS)]
+    channels = [grpc.aio.insecure_channel(addresses[i % len(addresses)], LIMITS) for i in range(_CONNECTIONS)]
     stubs: list[Any] = [pb_grpc.SelectionServiceStub(channel) for channel in channels]
     create = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name="many"), spec=spec_to_proto(spec))
     ref = (await stubs[0].CreateExperiment(create)).experiment.ref

@@ -26,21 +26,23 @@ than twice as bad as here.
 
 ## What limits it
 
-- **Many ranks at once.** Of a step of 256 rows each of 64 ranks has four: 16 bytes here and there over all of the
-  table, which take the server's one core as long to gather as all the rest of sending them. Each stream costs 1.1
-  ms of its interpreter besides, where gRPC's own share is 0.3 ms, which is what 50 experiments see. Larger parts
-  and longer streams lift both, and so do more servers on the same store: they hold no state. [How far it
-  goes](scaling.md) has 4,096 ranks.
-- **Waiting beside a turn.** While 10 million samples turn, planning, the thread that answers calls and the store
-  all want one of two cores, beside the clients that measure it. Numpy's work holds no lock meanwhile, and nothing
-  of it is done by the thread that answers. A third core lifts it.
-- **`torch.multinomial`** draws, and that is all. A turn reads 140 MB of scores, folds losses into them, draws,
-  shuffles, and writes 200 MB, which take the store most of a second by themselves; the draw is an eighth of it.
+- **Many at once.** Raw gRPC loses as well where many streams share two cores with those who read them: it is in the
+  table beside ours. A stream of ours costs a server 1 ms of its interpreter before the first row, of which gRPC's own
+  share is 0.3 ms and a look at the store 0.2 ms; each of these streams has a sixtieth of the rows to make up for it.
+  Longer streams lift it, and so do more servers on the same store: they hold no state. [How far it goes](scaling.md)
+  has 4,096 ranks.
+- **Waiting beside a turn.** Whoever wants a third of two cores waits: a process that only computes, and has nothing to
+  do with evosample, lengthens these waits several times (it is in the table), and in a turn the store works besides,
+  and takes in blocks of 1 MiB, which others' looks wait for. Numpy's work holds no lock meanwhile, and nothing of it is
+  done by the thread that answers. A third core lifts it.
+- **`torch.multinomial`** draws, and that is all. A turn reads the scores, folds losses into them, draws, shuffles, and
+  writes 200 MB, which take the store a third of that time by themselves; the draw is an eighth of it.
 - **A step of 20 ms.** After other work for 20 ms code and data are no longer in the processor's cache: each call of
-  numpy takes ten times as long as one after another, so that ES in plain numpy takes more than half as much. Where
-  a GPU does the work, the cache is left alone.
-- **A turn of 100,000 samples** takes 0.03 s: 9 ms of planning, 4 of folding, 4 of reading, 2 of writing the table, and
-  the calls and round trips around them, which plain numpy has none of.
+  numpy takes five to ten times as long as one after another, so that ES in plain numpy takes more than half as much.
+  Half of our share are 25 calls of numpy, half the interpreter's way to them. Where a GPU does the work, the cache is
+  left alone.
+- **A turn of 100,000 samples** takes 0.02 s: 9 ms of planning, 4 of folding, 4 of reading, 2 of writing the table, and
+  the calls and round trips around them, which plain numpy has none of. At 1.28 million they are a tenth.
 """
 
 

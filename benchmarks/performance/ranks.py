@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from numpy.typing import NDArray
+from performance.raw import LIMITS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -25,7 +26,6 @@ from support import ServerProcess
 
 META_BATCH_SIZE, MINI_BATCH_SIZE = 256, 64
 _REPORT_BYTES = 2**20
-_OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
 
 
 @contextmanager
@@ -66,8 +66,7 @@ class Rank:
     """
 
     def __init__(self, address: str, name: str, spec: ExperimentSpec, *, rank: int = 0, world_size: int = 1) -> None:
-        self._address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(address, LIMITS)
         self._stub = pb_grpc.SelectionServiceStub(self._channel)
         request = pb.CreateExperimentRequest(ref=pb.ExperimentRef(name=name), spec=spec_to_proto(spec))
         self.ref = self._stub.CreateExperiment(request).experiment.ref
@@ -89,12 +88,8 @@ class Rank:
                 np.frombuffer(response.rows.prior_scores, np.float32)
                 yield np.frombuffer(response.rows.sample_ids, np.uint32)
 
-    async def connection(self) -> grpc.aio.Channel:
-        """Another one, for an event loop that many ranks share: so many threads would take Python's lock in turns."""
-        return grpc.aio.insecure_channel(self._address, options=_OPTIONS)
-
-    async def stream_over(self, channel: grpc.aio.Channel) -> AsyncIterator[NDArray[np.uint32]]:
-        """Epoch 0 like `stream`, over a connection of an event loop."""
+    async def stream_over(self, channel: grpc.aio.Channel) -> AsyncIterator[int]:
+        """Epoch 0 like `stream`, over a connection of an event loop: how many samples each message has."""
         call = channel.unary_stream(
             "/evosample.v1.SelectionService/StreamEpoch",
             request_serializer=pb.StreamEpochRequest.SerializeToString,
@@ -103,7 +98,7 @@ class Rank:
         async for event in call(pb.StreamEpochRequest(member=self._member)):
             if isinstance(event, Rows):
                 np.frombuffer(event.prior_scores, np.float32)
-                yield np.frombuffer(event.sample_ids, np.uint32)
+                yield len(np.frombuffer(event.sample_ids, np.uint32))
 
     def start_of(self, epoch: int) -> pb.EpochStart:
         """How an epoch begins, once it is planned."""

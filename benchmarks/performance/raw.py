@@ -14,7 +14,8 @@ import grpc
 import numpy as np
 
 _BYTES_A_SAMPLE = 8
-_LIMITS = [("grpc.max_receive_message_length", 2**26)]
+LIMITS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
+MESSAGE_SAMPLES = 2**16  # as in a message of ours
 
 
 async def _serve() -> None:
@@ -31,7 +32,7 @@ async def _serve() -> None:
         "Stream": grpc.unary_stream_rpc_method_handler(stream),
         "Take": grpc.unary_unary_rpc_method_handler(take),
     }
-    server = grpc.aio.server(options=_LIMITS)
+    server = grpc.aio.server(options=LIMITS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -40,13 +41,12 @@ async def _serve() -> None:
 
 
 @contextlib.contextmanager
-def raw_server() -> Iterator[grpc.Channel]:
-    """A channel to one in a process of its own."""
+def raw_server() -> Iterator[str]:
+    """The address of one in a process of its own."""
     process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        with grpc.insecure_channel(f"127.0.0.1:{int(process.stdout.readline())}", options=_LIMITS) as channel:
-            yield channel
+        yield f"127.0.0.1:{int(process.stdout.readline())}"
     finally:
         process.kill()
         process.wait()
@@ -55,14 +55,26 @@ def raw_server() -> Iterator[grpc.Channel]:
 def stream(channel: grpc.Channel, num_samples: int, samples_a_message: int) -> float:
     """Samples a second, as ids and prior scores that become numpy arrays."""
     call: Any = channel.unary_stream("/raw/Stream")
-    request = f"{num_samples // samples_a_message} {samples_a_message * _BYTES_A_SAMPLE}"
     began_s = time.perf_counter()
-    num_received = 0
-    for message in call(request.encode()):
-        ids, scores = np.split(np.frombuffer(message, np.uint32), 2)
-        num_received += len(ids)
-        assert len(scores) == samples_a_message
+    num_received = sum(map(_num_samples, call(_request(num_samples, samples_a_message))))
     return num_received / (time.perf_counter() - began_s)
+
+
+async def stream_over(channel: grpc.aio.Channel, num_samples: int, samples_a_message: int) -> AsyncIterator[int]:
+    """Samples of each message, over a connection of an event loop."""
+    call: Any = channel.unary_stream("/raw/Stream")
+    async for message in call(_request(num_samples, samples_a_message)):
+        yield _num_samples(message)
+
+
+def _request(num_samples: int, samples_a_message: int) -> bytes:
+    return f"{num_samples // samples_a_message} {samples_a_message * _BYTES_A_SAMPLE}".encode()
+
+
+def _num_samples(message: bytes) -> int:
+    ids, scores = np.split(np.frombuffer(message, np.uint32), 2)
+    assert len(ids) == len(scores)
+    return len(ids)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,27 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import grpc
 import numpy as np
 from performance.ranks import META_BATCH_SIZE, MINI_BATCH_SIZE, serving, serving_from
-from performance.raw import raw_server
+from performance.raw import LIMITS, MESSAGE_SAMPLES, raw_server
 from performance.raw import stream as stream_raw
 from performance.rows import Row, alternate
 
 import evosample
 
 _M = 1e6
-_MESSAGE_SAMPLES = 2**16  # as in a message of ours
 
 
 def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
     """An epoch's ids and prior scores, until they are arrays in the client."""
     names = (f"streamed-{number}" for number in itertools.count())
-    with serving() as server, raw_server() as channel, evosample.connect(server.address) as client:
+    with (
+        serving() as server,
+        raw_server() as address,
+        grpc.insecure_channel(address, LIMITS) as channel,
+        evosample.connect(server.address) as client,
+    ):
 
         def planned(through: evosample.Client = client) -> evosample.Experiment:
             return new_experiment(through, next(names), num_samples)
@@ -29,7 +34,7 @@ def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
         fresh, raw, raw_by_batch = alternate(
             num_repeats,
             lambda: fetched_per_s(planned()),
-            lambda: stream_raw(channel, num_samples, _MESSAGE_SAMPLES),
+            lambda: stream_raw(channel, num_samples, MESSAGE_SAMPLES),
             lambda: stream_raw(channel, num_samples // 8, META_BATCH_SIZE),
         )
 
@@ -38,9 +43,7 @@ def streaming(num_samples: int, num_repeats: int) -> Iterator[Row]:
             with serving_from(server) as other, evosample.connect(other.address) as elsewhere:
                 return fetched_per_s(elsewhere.get_experiment(experiment.name))
 
-        from_store, raw_beside = alternate(
-            num_repeats, cold, lambda: stream_raw(channel, num_samples, _MESSAGE_SAMPLES)
-        )
+        from_store, raw_beside = alternate(num_repeats, cold, lambda: stream_raw(channel, num_samples, MESSAGE_SAMPLES))
     name, unit = f"ids and prior scores to a client's arrays, {num_samples:,} samples", "M samples/s"
     fresh, from_store = _in_millions(fresh), _in_millions(from_store)
     raw, raw_by_batch, raw_beside = map(_in_millions, (raw, raw_by_batch, raw_beside))
