@@ -479,7 +479,7 @@ class Experiment:
             FailedPreconditionError: the experiment has finished.
         """
         if run_id is None:
-            if world_size != 1:
+            if isinstance(world_size, int) and world_size > 1:
                 raise InvalidArgumentError(
                     f"run_id=None with world_size={world_size!r}: pass the same run_id on all ranks, and another for "
                     "every start of the job",

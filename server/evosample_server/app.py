@@ -62,7 +62,6 @@ _SERVER_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # what newer gRPC goes by; a minute if not set
     ("grpc.max_connection_idle_ms", 600_000),  # clients connect again by themselves
     ("grpc.max_connection_age_grace_ms", 3_600_000),  # for calls under way: ours end within a tenth of it
-    ("grpc.max_concurrent_streams", 256),  # calls of one connection; further ones wait
 ]
 
 
@@ -110,8 +109,9 @@ async def _serve(
         await store.check()
     except RedisError as error:
         raise UnavailableError(f"can't use Redis at {without_password(redis_url)}: {error}") from error
-    # Calls that have yet to be begun. All ranks may call at once, and gRPC drops some of over 1,000 unless it is told.
-    max_pending_calls = max(settings.max_streams, 3_000)
+    # All ranks may call at once: gRPC drops some of over 1,000 calls that have yet to be begun unless it is told. They
+    # may share a connection: if some waited there for others' calls to end, these would wait for them, too.
+    max_calls = max(settings.max_streams, 3_000)
     server = grpc.aio.server(
         interceptors=[ObservingInterceptor(metrics, tracer), CallInterceptor(access)],
         options=[
@@ -119,8 +119,9 @@ async def _serve(
             ("grpc.max_connection_age_ms", 1_000 * settings.max_connection_age_s),
             # More than is taken: what is over the limit is then told by us, with what to do.
             ("grpc.max_receive_message_length", 4 * settings.max_message_bytes),
-            ("grpc.server.max_pending_requests", max_pending_calls),
-            ("grpc.server.max_pending_requests_hard_limit", max_pending_calls),
+            ("grpc.max_concurrent_streams", max_calls),
+            ("grpc.server.max_pending_requests", max_calls),
+            ("grpc.server.max_pending_requests_hard_limit", max_calls),
         ],
     )
     address = _bind(server, settings)

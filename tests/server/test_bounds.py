@@ -38,6 +38,12 @@ def member_of(server: ServerProcess, **settings: Any) -> Iterator[tuple[pb_grpc.
         yield stub, pb.Member(ref=ref, generation=joined.generation, claim=joined.claim)
 
 
+def start_of(stub: Any, member: pb.Member) -> str:
+    """The id of the first epoch's plan."""
+    responses = stub.StreamEpoch(pb.StreamEpochRequest(member=member), timeout=20)
+    return str(next(response.start.plan_id for response in responses if response.HasField("start")))
+
+
 def exhausted(call: Callable[[], Any]) -> str:
     """What a call over a bound is told."""
     with pytest.raises(grpc.RpcError) as caught:
@@ -115,6 +121,18 @@ def test_thousands_of_ranks_may_call_at_once(start_server: Callable[..., ServerP
                 return {await call.code() for call in calls}
 
         assert asyncio.run(all_at_once()) == {grpc.StatusCode.OK}
+
+
+def test_hundreds_of_ranks_may_share_a_connection(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    with member_of(server) as (stub, member):
+        next_epoch = pb.StreamEpochRequest(member=member, epoch=1)
+        waiting = [stub.StreamEpoch(next_epoch, timeout=60) for _ in range(400)]
+        for stream in waiting:
+            next(stream)  # it says that it waits
+        assert stub.FinishEpoch(pb.FinishEpochRequest(member=member, plan_id=start_of(stub, member)), timeout=20)
+        for stream in waiting:
+            assert any(response.HasField("start") for response in stream)
 
 
 def test_ranks_that_wait_share_so_many_looks(start_server: Callable[..., ServerProcess]) -> None:
