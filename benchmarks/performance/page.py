@@ -26,7 +26,7 @@ than twice as bad as here.
 
 ## What limits it
 
-- **Many at once.** Raw gRPC loses as well where many streams share two cores with those who read them: it is in the
+- **Many at once.** 64 raw gRPC streams lose as well on two cores that they share with their readers: they are in the
   table beside ours. A stream of ours costs a server 1 ms of its interpreter before the first row, of which gRPC's own
   share is 0.3 ms and a look at the store 0.2 ms; each of these streams has a sixtieth of the rows to make up for it.
   Longer streams lift it, and so do more servers on the same store: they hold no state. [How far it goes](scaling.md)
