@@ -478,20 +478,18 @@ class Experiment:
             EpochNotRetainedError: the position is not retained, or not reached yet.
             FailedPreconditionError: the experiment has finished.
         """
-        if run_id is None:
-            if isinstance(world_size, int) and world_size > 1:
-                raise InvalidArgumentError(
-                    f"run_id=None with world_size={world_size!r}: pass the same run_id on all ranks, and another for "
-                    "every start of the job",
-                    field="run_id",
-                )
-            run_id = uuid.uuid4().hex
         with as_invalid_argument():
             if isinstance(self.spec.policy, MissingPolicy):
                 raise self.spec.policy.missing("in this process")
             world_size = self.spec.check_world_size(world_size)
             check_int("rank", rank, 0, world_size - 1)
-            check_name("run_id", run_id)
+            if run_id is None and world_size != 1:
+                raise InvalidArgumentError(
+                    f"run_id=None with world_size={world_size}: pass the same run_id on all ranks, and another for "
+                    "every start of the job",
+                    field="run_id",
+                )
+            run_id = uuid.uuid4().hex if run_id is None else check_name("run_id", run_id)
             process_id = check_name("process_id", uuid.uuid4().hex if process_id is None else process_id)
             check_int("read_ahead", read_ahead, 0, 2**31)
             _check_choice("on_unavailable", on_unavailable, OnUnavailable)

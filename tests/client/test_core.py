@@ -120,6 +120,11 @@ def test_a_finished_experiment_says_so_to_a_new_run(client: evosample.Client, na
 def test_several_ranks_need_a_run_id(client: evosample.Client, name: str) -> None:
     with pytest.raises(evosample.InvalidArgumentError, match="pass the same run_id on all ranks"):
         client.create_experiment(name, **SETTINGS).epochs(rank=0, world_size=2)
+    of_numpy: Any = np.int64(2)
+    with pytest.raises(evosample.InvalidArgumentError, match="pass the same run_id on all ranks"):
+        client.get_experiment(name).epochs(rank=0, world_size=of_numpy)
+    with pytest.raises(evosample.InvalidArgumentError, match="world_size=0: expected an integer from 1"):
+        client.get_experiment(name).epochs(world_size=0)
 
 
 def test_a_missing_rank_is_named_when_the_wait_ends(client: evosample.Client, name: str) -> None:
