@@ -15,7 +15,7 @@ import numpy as np
 
 _BYTES_A_SAMPLE = 8
 LIMITS = [("grpc.max_receive_message_length", 2**26), ("grpc.use_local_subchannel_pool", 1)]
-MESSAGE_SAMPLES = 2**16  # as in a message of ours
+MESSAGE_SAMPLES = 2**16  # about as in a message of ours
 
 
 async def _serve() -> None:

@@ -99,24 +99,19 @@ def streams_beside_a_turn(num_samples: int, num_repeats: int) -> Iterator[Row]:
             with _computing(), waits:
                 time.sleep(seconds)
             beside_another.append(waits.percentile_ms(99))
-    name = f"another experiment's wait for rows while {num_samples:,} samples turn: 99th percentile"
-    yield Row(
-        name,
-        busy[1:],
-        "ms",
-        higher_is_better=False,
-        compared_with="the same while nothing turns",
-        compared=quiet[1:],
-        ratio_target=2.0,
-    )
-    yield Row(
-        name,
-        busy[1:],
-        "ms",
-        higher_is_better=False,
-        compared_with="the same while nothing turns, but a process of something else keeps one core busy",
-        compared=beside_another[1:],
-    )
+    for compared_with, compared, ratio_target in (
+        ("the same while nothing turns", quiet, 2.0),
+        ("the same while nothing turns, but a process of something else keeps one core busy", beside_another, None),
+    ):
+        yield Row(
+            f"another experiment's wait for rows while {num_samples:,} samples turn: 99th percentile",
+            busy[1:],
+            "ms",
+            higher_is_better=False,
+            compared_with=compared_with,
+            compared=compared[1:],
+            ratio_target=ratio_target,
+        )
 
 
 @contextmanager

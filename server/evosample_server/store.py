@@ -938,8 +938,7 @@ class Store:
             async with self._cache.loading(key):
                 rows = self._cache.get(key)  # another reader may have brought it
                 if rows is None:
-                    num_rows = min(BLOCK_ROWS, total - number * BLOCK_ROWS)
-                    rows = await self._read_block(head, plan_id, column, key, dtype, num_rows)
+                    rows = await self._read_block(head, plan_id, column, dtype, number, total)
                     self._cache.put(key, rows)
         return rows
 
@@ -956,11 +955,9 @@ class Store:
     ) -> AsyncIterator[NDArray[Any]]:
         """Rows of a column, block by block, without driving others out of the cache."""
         for block in _blocks(first, count):
-            key = head.keys.column(plan_id, column, block.number)
-            rows = self._cached(key)
+            rows = self._cached(head.keys.column(plan_id, column, block.number))
             if rows is None:
-                num_rows = min(BLOCK_ROWS, total - block.number * BLOCK_ROWS)
-                rows = await self._read_block(head, plan_id, column, key, dtype, num_rows)
+                rows = await self._read_block(head, plan_id, column, dtype, block.number, total)
             yield rows[block.start : block.start + block.num_rows]
 
     def _cached(self, key: str, world_size: int = 1) -> NDArray[Any] | None:
@@ -969,10 +966,12 @@ class Store:
         return rows
 
     async def _read_block(
-        self, head: Head, plan_id: str, column: str, key: str, dtype: np.dtype[Any], num_rows: int
+        self, head: Head, plan_id: str, column: str, dtype: np.dtype[Any], number: int, total: int
     ) -> NDArray[Any]:
+        """A block of a column of `total` rows, out of the store."""
+        key = head.keys.column(plan_id, column, number)
         data = await self._redis.get(key)
-        expected = num_rows * dtype.itemsize
+        expected = min(BLOCK_ROWS, total - number * BLOCK_ROWS) * dtype.itemsize
         if data is None or len(data) != expected:
             if not await self._is_kept(head, plan_id, column):
                 raise EpochClosedError("the experiment has gone on meanwhile: this epoch is no longer kept")

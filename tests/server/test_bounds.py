@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from faults.harness import ReplicatedServer
 from stores import StandaloneStore, wait_until
 from support import ServerProcess, fixed_losses, train
 
-_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
-
 SETTINGS: dict[str, Any] = {"num_samples": 200, "num_epochs": 3, "meta_batch_size": 20, "mini_batch_size": 5}
 
 
@@ -36,6 +34,15 @@ def member_of(server: ServerProcess, **settings: Any) -> Iterator[tuple[pb_grpc.
         stub = pb_grpc.SelectionServiceStub(channel)
         joined = stub.JoinRun(pb.JoinRunRequest(ref=ref, run_id="run", world_size=1))
         yield stub, pb.Member(ref=ref, generation=joined.generation, claim=joined.claim)
+
+
+@contextlib.asynccontextmanager
+async def connections(address: str, number: int) -> AsyncIterator[list[Any]]:
+    """Raw stubs, each over a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [grpc.aio.insecure_channel(address, options) for _ in range(number)]
+        yield [pb_grpc.SelectionServiceStub(await stack.enter_async_context(channel)) for channel in channels]
 
 
 def start_of(stub: Any, member: pb.Member) -> str:
@@ -113,9 +120,7 @@ def test_thousands_of_ranks_may_call_at_once(start_server: Callable[..., ServerP
     with member_of(server) as (_, member):
 
         async def all_at_once() -> set[object]:
-            async with contextlib.AsyncExitStack() as stack:
-                channels = [grpc.aio.insecure_channel(server.address, _OWN_CONNECTION) for _ in range(20)]
-                stubs: list[Any] = [pb_grpc.SelectionServiceStub(await stack.enter_async_context(c)) for c in channels]
+            async with connections(server.address, 20) as stubs:
                 request = pb.GetExperimentRequest(ref=member.ref)
                 calls = [stubs[number % 20].GetExperiment(request) for number in range(2500)]
                 return {await call.code() for call in calls}
@@ -143,9 +148,7 @@ def test_ranks_that_wait_share_so_many_looks(start_server: Callable[..., ServerP
             return int(store.info("commandstats")["cmdstat_evalsha"]["calls"])
 
         async def looks_of_waiting(num_streams: int, seconds: float) -> int:
-            async with contextlib.AsyncExitStack() as stack:
-                channels = [grpc.aio.insecure_channel(server.address, _OWN_CONNECTION) for _ in range(10)]
-                stubs: list[Any] = [pb_grpc.SelectionServiceStub(await stack.enter_async_context(c)) for c in channels]
+            async with connections(server.address, 10) as stubs:
                 request = pb.StreamEpochRequest(member=member, epoch=1)
                 first = num_looks()
                 streams = [stubs[number % 10].StreamEpoch(request) for number in range(num_streams)]
