@@ -415,7 +415,7 @@ def test_what_is_open_takes_small_requests_alone(guarded: Guarded) -> None:
 def test_a_connection_has_so_many_calls_at_a_time(guarded: Guarded) -> None:
     with guarded.channel() as channel, grpc.insecure_channel(guarded.address, OWN_CONNECTION) as another:
         stub = health_pb2_grpc.HealthStub(channel)
-        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(256)]
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(3_000)]
         for watching in watches:
             assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
