@@ -34,7 +34,8 @@ than twice as bad as here.
 - **Waiting beside a turn.** Whoever wants a third of two cores waits: a process that only computes, and has nothing to
   do with evosample, lengthens these waits several times (it is in the table), and in a turn the store works besides,
   and takes in blocks of 1 MiB, which others' looks wait for. Numpy's work holds no lock meanwhile, and nothing of it is
-  done by the thread that answers. A third core lifts it.
+  done by the thread that answers: this one waits for a core, up to 4 ms each time, and an answer takes ten changes of
+  threads and processes. Threads of the turn that are less urgent (`nice`) do not lift it; a third core does.
 - **`torch.multinomial`** draws, and that is all. A turn reads the scores, folds losses into them, draws, shuffles, and
   writes 200 MB, which take the store a third of that time by themselves; the draw is an eighth of it.
 - **A step of 20 ms.** After other work for 20 ms code and data are no longer in the processor's cache: each call of

@@ -129,6 +129,10 @@ class ExperimentKeys:
         """String: one block of a column of a plan."""
         return self._key(plan_id, column, block)
 
+    def staged(self, plan_id: str, column: str, block: int) -> str:
+        """String: a block of a column that is being written; it expires unless it becomes the plan's."""
+        return self._key(plan_id, column, block, "staged")
+
     def reported(self, plan_id: str, column: str, generation: int, rank: int, block: int) -> str:
         """String: one block of a column that a rank of a generation reported, in its part's order."""
         return self._key(plan_id, column, f"g{generation}", f"r{rank}", block)

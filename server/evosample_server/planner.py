@@ -170,7 +170,6 @@ class Planner:
                 self._metrics.turns.labels(outcome).inc()
                 renewal.cancel()
                 await self._store.unlock_turn(head, token)
-        await self.announce(head.uid)
         return True
 
     async def _renew_lock(self, head: Head, token: str) -> None:
@@ -291,11 +290,9 @@ class Planner:
         spec = self.next_spec(head)
         scores = await asyncio.to_thread(extended_scores, scores, spec.num_samples, spec.policy.columns)
         groups, mixture = await self._read_groups(head, "", spec.num_samples)
-        is_committed = await self._plan(
+        return await self._plan(
             head, head.epoch, secrets.token_hex(8), scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
         )
-        await self.announce(head.uid)
-        return is_committed
 
     async def _write_scores(self, head: Head, plan_id: str, epoch: int, scores: Scores) -> bool:
         """Begin a plan with its scores; False if the experiment is gone, or the plan was collected meanwhile."""
@@ -366,6 +363,7 @@ class Planner:
         if not is_committed:
             await store.collect(head, lost_plan=plan_id)
             return False
+        await self.announce(head.uid)
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)
         if current is not None and current.uid == head.uid:

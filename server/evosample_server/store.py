@@ -65,7 +65,7 @@ _SCRIPTS = (
     "unlist",
     "create",
     "register",
-    "write",
+    "keep",
     "join",
     "membership",
     "report",
@@ -87,6 +87,8 @@ _MAX_STRETCH_BLOCKS = 16
 _MAX_SCORES_SHARE = 0.25  # of the cache, those of one experiment
 _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
+_BLOCKS_AT_ONCE = 8
+_STAGED_TTL_MS = 600_000
 _LISTEN_TIMEOUT_S = 10.0
 _REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
@@ -722,19 +724,28 @@ class Store:
     async def _write_columns(
         self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
     ) -> bool:
+        """Write columns; False if what they belong to was collected meanwhile.
+
+        Blocks are staged with plain commands: these the store takes in without copying, as a script would. What is not
+        kept then, as its writer died, expires.
+        """
         experiment = head.keys
         for column, values in columns.items():
-            for block in _blocks(0, len(values)):
-                rows = values[block.number * BLOCK_ROWS :][: block.num_rows]
+            all_rows = [values[first : first + BLOCK_ROWS] for first in range(0, len(values), BLOCK_ROWS)]
+            for first in range(0, len(all_rows), _BLOCKS_AT_ONCE):
+                some = all_rows[first : first + _BLOCKS_AT_ONCE]
                 if is_cached:
-                    rows = rows.copy()  # a cached view would keep the whole column alive
-                    rows.flags.writeable = False
-                key = experiment.column(plan_id, column, block.number)
-                args = [head.uid, plan_id, rows.data.cast("B")]
-                if not await self._run("write", [experiment.head, experiment.plans, key], args):
+                    some = await asyncio.to_thread(_copies, some)  # a cached view would keep the whole column alive
+                written: list[str] = []
+                for number, rows in enumerate(some, first):
+                    staged = experiment.staged(plan_id, column, number)
+                    await self._redis.set(staged, rows.data.cast("B"), px=_STAGED_TTL_MS)
+                    written += [staged, experiment.column(plan_id, column, number)]
+                if not await self._run("keep", [experiment.head, experiment.plans, *written], [head.uid, plan_id]):
                     return False
                 if is_cached:
-                    self._cache.put(key, rows)
+                    for key, rows in zip(written[1::2], some, strict=True):
+                        self._cache.put(key, rows)
         return True
 
     async def commit(
@@ -945,9 +956,13 @@ class Store:
     async def _read_whole(self, head: Head, plan_id: str, column: str, dtype: Any, total: int) -> NDArray[Any]:
         """A column in an array of its own."""
         values, done = np.empty(total, dtype), 0
+        pieces: list[NDArray[Any]] = []
         async for rows in self._pieces(head, plan_id, column, values.dtype, 0, total, total):
-            values[done : done + len(rows)] = rows
-            done += len(rows)
+            pieces.append(rows)
+            stop = done + sum(map(len, pieces))
+            if len(pieces) == _BLOCKS_AT_ONCE or stop == total:
+                await asyncio.to_thread(np.concatenate, pieces, out=values[done:stop])
+                done, pieces = stop, []
         return values
 
     async def _pieces(
@@ -1100,6 +1115,14 @@ def _put_together(rows: NDArray[Any], step_rows: int, column: str, parts: list[N
         elif column == "chosen":
             values = np.unpackbits(values, axis=1, count=step_rows // len(parts), bitorder="little")
         part(rows, step_rows, rank, len(parts))[:] = values
+
+
+def _copies(blocks: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Blocks of their own, which can't be changed."""
+    copies = [rows.copy() for rows in blocks]
+    for rows in copies:
+        rows.flags.writeable = False
+    return copies
 
 
 def _digest(groups: Groups) -> str:

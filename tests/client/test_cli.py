@@ -146,7 +146,13 @@ def test_exit_codes_say_what_kind_of_failure_it_was(server: ServerProcess, start
         assert code == expected, said
 
 
-def test_a_wrong_call_is_told_from_a_failure(server: ServerProcess, name: str, tmp_path: Path) -> None:
+def test_a_wrong_call_is_told_from_a_failure(
+    server: ServerProcess,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     create = ["create", name, "--samples=100", "--epochs=3", "--meta-batch-size=10"]
     np.savez(tmp_path / "whole.npz", scores=np.ones(100))
     whole = (tmp_path / "whole.npz").read_bytes()
@@ -159,6 +165,7 @@ def test_a_wrong_call_is_told_from_a_failure(server: ServerProcess, name: str, t
     (tmp_path / "empty.npz").touch()
     np.savez(tmp_path / "others.npz", losses=np.ones(100))
     run(server, *create, "--mini-batch-size=5")
+    monkeypatch.setenv("EVOSAMPLE_ADDRESS", server.address)
     for arguments, expected, reason in [
         ([*create, "--policy=uniform,prune_ratio=0.5"], 2, "'prune_ratio=0.5' is no setting of uniform; expected none"),
         ([*create, "--policy=ucb,c"], 2, "'c' is no setting of ucb; expected alpha=VALUE or c=VALUE or prune_ratio"),
@@ -180,8 +187,11 @@ def test_a_wrong_call_is_told_from_a_failure(server: ServerProcess, name: str, t
         (["import", name, f"{tmp_path}/whole.npz"], 0, ""),
         (["export", name, f"{tmp_path}/no/such/folder.npz"], 1, "no/such/folder.npz: No such file"),
     ]:
-        code, _, said = process(*arguments, EVOSAMPLE_ADDRESS=server.address)
-        assert (code, reason in said) == (expected, True), said
+        monkeypatch.setattr(sys, "argv", ["evosample", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert (ended.value.code, reason in said) == (expected, True), said
         assert said.count("\n") == (expected != 0), said
 
 

@@ -18,7 +18,7 @@ from evosample.v1 import selection_pb2 as pb
 from evosample.v1 import selection_pb2_grpc as pb_grpc
 from faults.harness import ReplicatedServer
 from faults.proxy import Proxy
-from stores import StandaloneStore
+from stores import StandaloneStore, wait_until
 from support import fixed_losses
 
 N, B = 200, 20
@@ -180,3 +180,41 @@ def test_what_a_dead_run_has_left_behind_changes_nothing(rig: Rig) -> None:
     expected = 0.8 * np.float32(1 / N) + 0.2 * np.sort(rig.losses)
     scores = np.sort(np.frombuffer(rig.scores(ref), "<f4"))
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_blocks_that_come_after_their_experiment_was_deleted_do_not_come_back(rig: Rig, store: StandaloneStore) -> None:
+    ref = rig.create("e")
+    member = rig.join(ref)
+    plan_id = rig.plan_id(member, 0)
+    rig.quick.ReportLosses(rig.report(member, plan_id, rig.losses))
+    rig.proxy.hold(b":score:0:staged")
+    rig.slow.FinishEpoch(pb.FinishEpochRequest(member=member, plan_id=plan_id))
+    assert rig.proxy.held.wait(20)
+    rig.quick.DeleteExperiment(pb.DeleteExperimentRequest(ref=ref))
+    with store.client() as client:
+
+        def num_unlinked() -> int:
+            return int(client.info("commandstats")["cmdstat_unlink"]["calls"])
+
+        before = num_unlinked()
+        rig.proxy.release()
+        wait_until(lambda: num_unlinked() > before, "the blocks to be unlinked")
+        assert client.keys("evosample:{*") == []
+
+
+def test_blocks_of_a_writer_that_died_expire(rig: Rig, store: StandaloneStore) -> None:
+    ref = rig.create("e")
+    member = rig.join(ref)
+    plan_id = rig.plan_id(member, 0)
+    rig.quick.ReportLosses(rig.report(member, plan_id, rig.losses))
+    with store.client() as client:
+        key = client.keys("*:score:0")[0]
+        rig.proxy.hold(b":score:0:staged\r\n$%d\r\n" % len(key))  # of the script that keeps it
+        rig.slow.FinishEpoch(pb.FinishEpochRequest(member=member, plan_id=plan_id))
+        assert rig.proxy.held.wait(20)
+        (staged,) = client.keys("*:staged")
+        assert 0 < client.pttl(staged) <= 600_000
+        rig.plan_id(member, 1)  # the other server has taken over
+        kept = [key for key in client.keys("evosample:*:[0-9]") if b":score:" in key]
+        assert {client.pttl(key) for key in kept} == {-1}
+        assert len(kept) == 2

@@ -106,7 +106,7 @@ def import_scores(
     experiment = client.get_experiment(name, project=project)
     own = {f"{_OWN}{column}": column for column in experiment.spec.policy.columns}
     try:
-        with np.load(file) as columns:
+        with file.open("rb") as opened, np.load(opened) as columns:  # numpy leaves open what it can't read
             wanted = ("scores", "sampling_weights", "num_visits", *own)
             found = {field: columns[field] for field in wanted if field in columns}
     except OSError as error:
