@@ -734,8 +734,10 @@ class Store:
             all_rows = [values[first : first + BLOCK_ROWS] for first in range(0, len(values), BLOCK_ROWS)]
             for first in range(0, len(all_rows), _BLOCKS_AT_ONCE):
                 some = all_rows[first : first + _BLOCKS_AT_ONCE]
-                if is_cached:
-                    some = await asyncio.to_thread(_copies, some)  # a cached view would keep the whole column alive
+                if is_cached:  # a cached view would keep the whole column alive
+                    copies = [np.empty_like(rows) for rows in some]  # here: each thread has memory of its own to keep
+                    await asyncio.to_thread(_copy, some, copies)
+                    some = copies
                 written: list[str] = []
                 for number, rows in enumerate(some, first):
                     staged = experiment.staged(plan_id, column, number)
@@ -1117,12 +1119,10 @@ def _put_together(rows: NDArray[Any], step_rows: int, column: str, parts: list[N
         part(rows, step_rows, rank, len(parts))[:] = values
 
 
-def _copies(blocks: list[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Blocks of their own, which can't be changed."""
-    copies = [rows.copy() for rows in blocks]
-    for rows in copies:
-        rows.flags.writeable = False
-    return copies
+def _copy(blocks: list[NDArray[Any]], copies: list[NDArray[Any]]) -> None:
+    for rows, copy in zip(blocks, copies, strict=True):
+        copy[:] = rows
+        copy.flags.writeable = False
 
 
 def _digest(groups: Groups) -> str:
