@@ -49,6 +49,11 @@ def replicated(name: ExperimentName) -> str:
     return f"evosample:{{{name.project}/{name.name}}}:replicated"
 
 
+def staged(key: str) -> str:
+    """String: a block that is being written; it expires unless it is given this key."""
+    return f"{key}:staged"
+
+
 @dataclass(frozen=True)
 class ExperimentKeys:
     """The keys of one experiment."""
@@ -128,10 +133,6 @@ class ExperimentKeys:
     def column(self, plan_id: str, column: str, block: int) -> str:
         """String: one block of a column of a plan."""
         return self._key(plan_id, column, block)
-
-    def staged(self, plan_id: str, column: str, block: int) -> str:
-        """String: a block of a column that is being written; it expires unless it becomes the plan's."""
-        return self._key(plan_id, column, block, "staged")
 
     def reported(self, plan_id: str, column: str, generation: int, rank: int, block: int) -> str:
         """String: one block of a column that a rank of a generation reported, in its part's order."""

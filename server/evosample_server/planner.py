@@ -170,6 +170,7 @@ class Planner:
                 self._metrics.turns.labels(outcome).inc()
                 renewal.cancel()
                 await self._store.unlock_turn(head, token)
+        await self.announce(head.uid)
         return True
 
     async def _renew_lock(self, head: Head, token: str) -> None:
@@ -290,12 +291,14 @@ class Planner:
         spec = self.next_spec(head)
         scores = await asyncio.to_thread(extended_scores, scores, spec.num_samples, spec.policy.columns)
         groups, mixture = await self._read_groups(head, "", spec.num_samples)
-        return await self._plan(
+        is_committed = await self._plan(
             head, head.epoch, secrets.token_hex(8), scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
         )
+        await self.announce(head.uid)
+        return is_committed
 
     async def _write_scores(self, head: Head, plan_id: str, epoch: int, scores: Scores) -> bool:
-        """Begin a plan with its scores; False if the experiment is gone, or the plan was collected meanwhile."""
+        """Begin a plan with its scores; False if the experiment or the plan is gone, or the store has lost some."""
         with self._phase("write_scores"):
             is_registered = await self._store.register_plan(head, plan_id, epoch)
             return is_registered and await self._store.write_scores(head, plan_id, scores)
@@ -316,7 +319,9 @@ class Planner:
         summarize: Callable[[], EpochSummary] | None = None,
         is_imported: bool = False,
     ) -> bool:
-        """Write the scores and the table of `epoch`, and move the head to it; False if another got there first.
+        """Write the scores and the table of `epoch`, and move the head to it.
+
+        False if another got there first, or if the store has lost some of it.
 
         Args:
             has_scores: whether the store has this plan's scores already.
@@ -335,11 +340,11 @@ class Planner:
                     table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
                 counting = asyncio.create_task(asyncio.to_thread(_checksum_and_new_rows, table, was_there))
             if writing is not None and not await writing:
-                return False
+                return await self._lost(head, plan_id)
             if table is not None:
                 with self._phase("write_table"):
                     if not await store.write_table(head, plan_id, table):
-                        return False
+                        return await self._lost(head, plan_id)
             crc, new_rows = (0, None) if counting is None else await counting
             folded = None if summing is None else await summing
         finally:
@@ -361,15 +366,18 @@ class Planner:
                 is_imported=is_imported,
             )
         if not is_committed:
-            await store.collect(head, lost_plan=plan_id)
-            return False
-        await self.announce(head.uid)
+            return await self._lost(head, plan_id)
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)
         if current is not None and current.uid == head.uid:
             with self._phase("collect"):
                 await store.collect(current)
         return True
+
+    async def _lost(self, head: Head, plan_id: str) -> bool:
+        """Remove a plan that does not become the head's; False."""
+        await self._store.collect(head, lost_plan=plan_id)
+        return False
 
 
 def _checksum_and_new_rows(table: Table, was_there: NDArray[np.bool_] | None) -> tuple[int, int | None]:

@@ -88,7 +88,7 @@ _MAX_SCORES_SHARE = 0.25  # of the cache, those of one experiment
 _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _BLOCKS_AT_ONCE = 8
-_STAGED_TTL_MS = 600_000
+_STAGED_TTL_MS = 120_000
 _LISTEN_TIMEOUT_S = 10.0
 _REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
@@ -671,7 +671,7 @@ class Store:
         return bool(await cast(Any, self._redis.hexists(head.keys.plan(head.plan_id), "imported")))
 
     async def write_scores(self, head: Head, plan_id: str, scores: Scores) -> bool:
-        """Write a plan's scores; False if the plan was collected meanwhile."""
+        """Write a plan's scores; False if the plan was collected meanwhile, or the store has lost some of them."""
         columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
         columns |= _policy_columns(scores.columns)
         # If it is made here, the next turn reads them. Large ones would drive tables out of the cache until then.
@@ -688,6 +688,7 @@ class Store:
             return
         columns = {column: values for column, values in zip(_GROUP_COLUMNS, groups, strict=True) if values is not None}
         if not await self._write_columns(head, groups_id, columns, is_cached=True):
+            await self.collect(head, lost_plan=groups_id)
             return
         args = [head.uid, groups_id, len(groups.ids), _digest(groups), _bytes_of(head.extended_spec)]
         if await self._run("set_groups", [head.keys.head, head.keys.plans, head.keys.doomed], args):
@@ -716,7 +717,7 @@ class Store:
         return await self._read(head, head.groups_id, "group", np.uint16, first, count, head.groups_size)
 
     async def write_table(self, head: Head, plan_id: str, table: Table) -> bool:
-        """Write a plan's table; False if the plan was collected meanwhile."""
+        """Write a plan's table; False if the plan was collected meanwhile, or the store has lost some of it."""
         columns = dict(zip(_TABLE_COLUMNS, table, strict=True))
         present = {column: rows for column, rows in columns.items() if rows is not None}
         return await self._write_columns(head, plan_id, present, is_cached=True)
@@ -724,30 +725,34 @@ class Store:
     async def _write_columns(
         self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
     ) -> bool:
-        """Write columns; False if what they belong to was collected meanwhile.
+        """Write columns; False if what they belong to was collected meanwhile, or the store has lost some of them.
 
-        Blocks are staged with plain commands: these the store takes in without copying, as a script would. What is not
-        kept then, as its writer died, expires.
+        Blocks are staged with plain commands, as the store copies what a script is given. Those that are not kept then,
+        because their writer died, expire.
         """
         experiment = head.keys
-        for column, values in columns.items():
-            all_rows = [values[first : first + BLOCK_ROWS] for first in range(0, len(values), BLOCK_ROWS)]
-            for first in range(0, len(all_rows), _BLOCKS_AT_ONCE):
-                some = all_rows[first : first + _BLOCKS_AT_ONCE]
-                if is_cached:  # a cached view would keep the whole column alive
-                    copies = [np.empty_like(rows) for rows in some]  # here: each thread has memory of its own to keep
-                    await asyncio.to_thread(_copy, some, copies)
-                    some = copies
-                written: list[str] = []
-                for number, rows in enumerate(some, first):
-                    staged = experiment.staged(plan_id, column, number)
-                    await self._redis.set(staged, rows.data.cast("B"), px=_STAGED_TTL_MS)
-                    written += [staged, experiment.column(plan_id, column, number)]
-                if not await self._run("keep", [experiment.head, experiment.plans, *written], [head.uid, plan_id]):
-                    return False
-                if is_cached:
-                    for key, rows in zip(written[1::2], some, strict=True):
-                        self._cache.put(key, rows)
+        blocks = [
+            (column, number, values[first : first + BLOCK_ROWS])
+            for column, values in columns.items()
+            for number, first in enumerate(range(0, len(values), BLOCK_ROWS))
+        ]
+        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            some = blocks[first : first + _BLOCKS_AT_ONCE]
+            written = [rows for *_, rows in some]
+            if is_cached:  # a cached view would keep the whole column alive
+                copies = [np.empty_like(rows) for rows in written]  # in this thread: glibc keeps what is freed for each
+                await asyncio.to_thread(_copy, written, copies)
+                written = copies
+            keys_of_blocks = [experiment.column(plan_id, column, number) for column, number, _ in some]
+            script_keys = [experiment.head, experiment.plans]
+            for key, rows in zip(keys_of_blocks, written, strict=True):
+                await self._redis.set(keys.staged(key), rows.data.cast("B"), px=_STAGED_TTL_MS)
+                script_keys += [keys.staged(key), key]
+            if not await self._run("keep", script_keys, [head.uid, plan_id]):
+                return False
+            if is_cached:
+                for key, rows in zip(keys_of_blocks, written, strict=True):
+                    self._cache.put(key, rows)
         return True
 
     async def commit(

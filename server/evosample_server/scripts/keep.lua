@@ -1,5 +1,5 @@
--- Makes blocks that were staged those of a plan, if it is registered: of one that was collected meanwhile none may come back.
--- KEYS: head, plans, then per block: where it is staged, where it belongs. ARGV: uid, plan_id. Repeatable.
+-- Makes blocks that were staged those of a plan, if it is registered. Of one that was collected meanwhile none may come back:
+-- they are removed. KEYS: head, plans, then per block: where it is staged, where it belongs. ARGV: uid, plan_id. Repeatable.
 -- Returns 1, or 0 if the plan, the experiment or a block is gone.
 if redis.call('HGET', KEYS[1], 'uid') ~= ARGV[1] or redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then
   redis.call('UNLINK', unpack(KEYS, 3))
