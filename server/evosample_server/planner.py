@@ -340,11 +340,11 @@ class Planner:
                     table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
                 counting = asyncio.create_task(asyncio.to_thread(_checksum_and_new_rows, table, was_there))
             if writing is not None and not await writing:
-                return await self._lost(head, plan_id)
+                return False
             if table is not None:
                 with self._phase("write_table"):
                     if not await store.write_table(head, plan_id, table):
-                        return await self._lost(head, plan_id)
+                        return False
             crc, new_rows = (0, None) if counting is None else await counting
             folded = None if summing is None else await summing
         finally:
@@ -366,18 +366,14 @@ class Planner:
                 is_imported=is_imported,
             )
         if not is_committed:
-            return await self._lost(head, plan_id)
+            await store.collect(head, lost_plan=plan_id)
+            return False
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
         current = await store.head(head.name)
         if current is not None and current.uid == head.uid:
             with self._phase("collect"):
                 await store.collect(current)
         return True
-
-    async def _lost(self, head: Head, plan_id: str) -> bool:
-        """Remove a plan that does not become the head's; False."""
-        await self._store.collect(head, lost_plan=plan_id)
-        return False
 
 
 def _checksum_and_new_rows(table: Table, was_there: NDArray[np.bool_] | None) -> tuple[int, int | None]:

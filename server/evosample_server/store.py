@@ -688,7 +688,6 @@ class Store:
             return
         columns = {column: values for column, values in zip(_GROUP_COLUMNS, groups, strict=True) if values is not None}
         if not await self._write_columns(head, groups_id, columns, is_cached=True):
-            await self.collect(head, lost_plan=groups_id)
             return
         args = [head.uid, groups_id, len(groups.ids), _digest(groups), _bytes_of(head.extended_spec)]
         if await self._run("set_groups", [head.keys.head, head.keys.plans, head.keys.doomed], args):
@@ -725,33 +724,31 @@ class Store:
     async def _write_columns(
         self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
     ) -> bool:
-        """Write columns; False if what they belong to was collected meanwhile, or the store has lost some of them.
+        """Write columns; False if what they belong to was collected meanwhile, or is now, as the store has lost some.
 
         Blocks are staged with plain commands, as the store copies what a script is given. Those that are not kept then,
         because their writer died, expire.
         """
         experiment = head.keys
         blocks = [
-            (column, number, values[first : first + BLOCK_ROWS])
+            (experiment.column(plan_id, column, block.number), values[block.number * BLOCK_ROWS :][: block.num_rows])
             for column, values in columns.items()
-            for number, first in enumerate(range(0, len(values), BLOCK_ROWS))
+            for block in _blocks(0, len(values))
         ]
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            some = blocks[first : first + _BLOCKS_AT_ONCE]
-            written = [rows for *_, rows in some]
+            written = dict(blocks[first : first + _BLOCKS_AT_ONCE])
             if is_cached:  # a cached view would keep the whole column alive
-                copies = [np.empty_like(rows) for rows in written]  # in this thread: glibc keeps what is freed for each
+                copies = {key: np.empty_like(rows) for key, rows in written.items()}
                 await asyncio.to_thread(_copy, written, copies)
                 written = copies
-            keys_of_blocks = [experiment.column(plan_id, column, number) for column, number, _ in some]
-            script_keys = [experiment.head, experiment.plans]
-            for key, rows in zip(keys_of_blocks, written, strict=True):
+            for key, rows in written.items():
                 await self._redis.set(keys.staged(key), rows.data.cast("B"), px=_STAGED_TTL_MS)
-                script_keys += [keys.staged(key), key]
-            if not await self._run("keep", script_keys, [head.uid, plan_id]):
+            script_keys = [name for key in written for name in (keys.staged(key), key)]
+            if not await self._run("keep", [experiment.head, experiment.plans, *script_keys], [head.uid, plan_id]):
+                await self.collect(head, lost_plan=plan_id)
                 return False
             if is_cached:
-                for key, rows in zip(keys_of_blocks, written, strict=True):
+                for key, rows in written.items():
                     self._cache.put(key, rows)
         return True
 
@@ -1124,9 +1121,10 @@ def _put_together(rows: NDArray[Any], step_rows: int, column: str, parts: list[N
         part(rows, step_rows, rank, len(parts))[:] = values
 
 
-def _copy(blocks: list[NDArray[Any]], copies: list[NDArray[Any]]) -> None:
-    for rows, copy in zip(blocks, copies, strict=True):
-        copy[:] = rows
+def _copy(blocks: dict[str, NDArray[Any]], copies: dict[str, NDArray[Any]]) -> None:
+    """Fill copies, which then can't be changed. One thread makes all of them: glibc keeps what each has freed."""
+    for key, copy in copies.items():
+        copy[:] = blocks[key]
         copy.flags.writeable = False
 
 

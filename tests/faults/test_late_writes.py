@@ -187,9 +187,8 @@ def test_blocks_that_come_after_their_experiment_was_deleted_do_not_come_back(ri
     member = rig.join(ref)
     plan_id = rig.plan_id(member, 0)
     rig.quick.ReportLosses(rig.report(member, plan_id, rig.losses))
-    rig.proxy.hold(b":score:0:staged")
-    rig.slow.FinishEpoch(pb.FinishEpochRequest(member=member, plan_id=plan_id))
-    assert rig.proxy.held.wait(20)
+    request = pb.FinishEpochRequest(member=member, plan_id=plan_id)
+    rig.held(b":score:0:staged", lambda: rig.slow.FinishEpoch(request)).result(20)
     rig.quick.DeleteExperiment(pb.DeleteExperimentRequest(ref=ref))
     with store.client() as client:
 
@@ -203,7 +202,9 @@ def test_blocks_that_come_after_their_experiment_was_deleted_do_not_come_back(ri
 
 
 @pytest.mark.parametrize("lost", ["nothing", "the answer", "a block"])
-def test_a_turn_that_has_staged_blocks_is_made_once(rig: Rig, store: StandaloneStore, lost: str) -> None:
+def test_a_turn_comes_to_the_same_whatever_becomes_of_its_staged_blocks(
+    rig: Rig, store: StandaloneStore, lost: str
+) -> None:
     ref, twin = rig.create("e"), rig.create("twin")
     for made in (twin, ref):
         member = rig.join(made)
@@ -214,9 +215,9 @@ def test_a_turn_that_has_staged_blocks_is_made_once(rig: Rig, store: StandaloneS
             rig.plan_id(member, 1)
     with store.client() as client:
         key = next(key for key in client.keys("evosample:{default/e}:*:score:0"))
-        rig.proxy.hold(b":score:0:staged\r\n$%d\r\n" % len(key))  # of the script that keeps it
-        rig.slow.FinishEpoch(pb.FinishEpochRequest(member=member, plan_id=plan_id))
-        assert rig.proxy.held.wait(20)
+        request = pb.FinishEpochRequest(member=member, plan_id=plan_id)
+        keeping = b":score:0:staged\r\n$%d\r\n" % len(key)  # what the script is given
+        rig.held(keeping, lambda: rig.slow.FinishEpoch(request)).result(20)
         staged = client.keys("*:staged")
         assert len(staged) == 6
         assert all(0 < client.pttl(block) <= 120_000 for block in staged), "what a dead writer leaves expires"
