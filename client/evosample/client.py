@@ -64,6 +64,7 @@ _log = logging.getLogger("evosample")
 _SCORE_DTYPES = {"scores": np.float32, "sampling_weights": np.float32, "num_visits": np.uint16}
 PRIVATE: dict[str, Any] = {"token": "", "tls": False}
 """What to `connect` to a private server with: it is reached by this user alone, and asks for nothing."""
+_LITTLE_SAVING = 0.2  # of compute: what is left of it is lost to loading and waiting, or to noise
 _IMPORT_ROWS = 40_000  # 10 bytes each, and 4 for each column of the policy: well under 1 MiB
 _GROUP_ROWS = 160_000  # 6 bytes each
 
@@ -224,8 +225,8 @@ class Client:
         *,
         num_samples: int,
         num_epochs: int,
-        meta_batch_size: int,
         mini_batch_size: int | None = None,
+        meta_batch_size: int | None = None,
         policy: Policy | None = None,
         importance_weight: ImportanceWeight = "none",
         seed: int = 0,
@@ -242,13 +243,19 @@ class Client:
     ) -> Experiment:
         """Create an experiment, or find the one of this name if its spec is equal.
 
+        Logs how much training a new experiment makes: with INFO; with WARNING, so that it is seen, where the policy is
+        the default or saves next to nothing.
+
         Args:
             name: unique in its project.
             num_samples: n, samples of the dataset; sample ids are 0..n-1.
-            num_epochs: epochs of the whole run.
-            meta_batch_size: B, samples that a step loads, over all ranks.
-            mini_batch_size: b, samples of them that are back-propagated, over all ranks. Default: all of them.
-            policy: the selection method. Default: ES.
+            num_epochs: epochs of the whole run. With the default policy an epoch is a quarter of the dataset: for as
+                much training as E ordinary epochs pass 4 * E.
+            mini_batch_size: b, samples that a step trains on, over all ranks: your batch size.
+            meta_batch_size: B, samples that a step loads and scores, over all ranks, to draw the mini-batch from them.
+                Default: mini_batch_size, so that no step scores.
+            policy: the selection method. Default: `EvolvedSampling()`, which draws a quarter of the dataset for an
+                epoch; with a larger meta-batch it is ES as published.
             importance_weight: "none", "unbiased" or "self_normalized"; see `ExperimentSpec`.
             seed: of all random draws, 0 <= seed < 2**64.
             initial_scores: what to start from, such as an earlier experiment's `export_scores()`: the first epoch then
@@ -282,8 +289,8 @@ class Client:
             spec = ExperimentSpec(
                 num_samples=num_samples,
                 num_epochs=num_epochs,
-                meta_batch_size=meta_batch_size,
                 mini_batch_size=cast(int, mini_batch_size),  # None stands for the default
+                meta_batch_size=cast(int, meta_batch_size),
                 policy=EvolvedSampling() if policy is None else policy,
                 importance_weight=importance_weight,
                 seed=seed,
@@ -304,6 +311,9 @@ class Client:
         created = self._connection.call("CreateExperiment", request).experiment
         experiment = self._experiment(created)
         is_new = not created.generation and experiment.num_samples == num_samples  # nobody has added samples to it
+        if is_new:
+            is_seen = spec.compute_saving < _LITTLE_SAVING if spec.selects else policy is None
+            _log.log(logging.WARNING if is_seen else logging.INFO, "experiment %s: %s", name, spec.extent())
         if initial_scores is not None and is_new:
             try:
                 experiment.import_scores(

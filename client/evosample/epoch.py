@@ -304,9 +304,9 @@ class Epoch:
                 f"{', '.join(self.columns) or 'none'} besides the losses, as keyword arguments of select and report",
                 field="columns",
             )
-        others = {name: _as_floats(name, column, self.part_rows) for name, column in columns.items()}
         with as_invalid_argument():
             recorded, num_non_finite = recorded_losses(values)
+            others = {name: _as_floats(name, column, self.part_rows) for name, column in columns.items()}
             if others:
                 self._run.spec.policy.check_reported(others)
         if batch.step != self.num_consumed:
@@ -346,12 +346,14 @@ class as_invalid_argument:  # noqa: N801  # as those of contextlib, of which one
 
 
 def _as_floats(field: str, values: Any, num_rows: int) -> NDArray[np.float32]:
+    floats: NDArray[np.float32]
     if hasattr(values, "detach"):  # a tensor of PyTorch, which need not be installed
-        values = values.detach().float().cpu().numpy()
-    try:
-        floats = np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{field}: expected {num_rows} numbers, got {values!r}", field=field) from error
+        floats = values.detach().float().cpu().numpy()
+    else:
+        try:
+            floats = np.asarray(values, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"{field}: expected {num_rows} numbers, got {values!r}", field=field) from error
     if floats.shape != (num_rows,):
         raise InvalidArgumentError(
             f"{field} have shape {floats.shape}, expected ({num_rows},): one a sample, in the order of "

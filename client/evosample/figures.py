@@ -63,11 +63,13 @@ def progress_share(watched: Watched) -> float:
 
 
 def saved_share(status: ExperimentStatus) -> float | None:
-    """Back-propagation saved so far, as a share of what training on everything takes.
+    """Back-propagation saved so far, as a share of what ordinary training on as many rows takes.
 
-    1 - back-propagated rows / (num_samples * epochs that have ended); None if none has.
+    1 - back-propagated rows / rows of the epochs that have ended; None if none has, or if all rows are trained on.
     """
-    return 1 - status.trained_rows / (status.spec.num_samples * status.epoch) if status.epoch else None
+    num_rows = status.visited_rows + status.non_finite_rows + status.unreported_rows
+    can_save = status.spec.selects or status.spec.policy.hides
+    return 1 - status.trained_rows / num_rows if num_rows and can_save else None
 
 
 def covered_share(spec: ExperimentSpec, summary: EpochSummary) -> float:

@@ -1,12 +1,9 @@
 """Lightning: a data module with which `Trainer.fit` trains on what an experiment selects.
 
 class Classifier(lightning.LightningModule):
-    def per_sample_losses(self, batch):
-        images, labels = batch
-        return F.cross_entropy(self(images), labels, reduction="none")
-
     def training_step(self, batch, batch_idx):
-        return self.trainer.datamodule.mean(self.per_sample_losses(batch))
+        images, labels = batch
+        return self.trainer.datamodule.mean(F.cross_entropy(self(images), labels, reduction="none"))
 
 data = evosample.lightning.DataModule(train_set, experiment, val_dataloaders=val_loader)
 lightning.Trainer(max_steps=experiment.total_steps).fit(Classifier(), data)
@@ -43,21 +40,21 @@ _LIGHTNINGS_OWN = {
 class DataModule(LightningDataModule):
     """The training data of `Trainer.fit`: mini-batches that the selection server chooses.
 
-    Each step's samples are moved to the device, scored by the module's own method `per_sample_losses`, and
-    `training_step` gets the rows to train on, as the dataset's `collate_fn` made them. It passes their losses to `mean`
-    and returns what it gets. A trainer's epochs are the experiment's, of whatever length; training ends with the last.
-    Checkpoints hold the position, so that `fit(..., ckpt_path=...)` goes on in the middle of an epoch.
+    `training_step` gets the rows to train on, as the dataset's `collate_fn` made them. It passes the loss of each to
+    `mean` and returns what it gets. A trainer's epochs are the experiment's, of whatever length; training ends with the
+    last. Checkpoints hold the position, so that `fit(..., ckpt_path=...)` goes on in the middle of an epoch.
 
-    The scoring pass runs as `training_step` does: through the strategy's wrapper (DDP, FSDP), in the trainer's
-    precision. Hooks of the module that change batches (`on_after_batch_transfer` ...) come before it, on all samples of
-    a step.
+    Where steps score, each step's samples are moved to the device and scored by the module's method
+    `per_sample_losses`. The scoring pass runs as `training_step` does: through the strategy's wrapper (DDP, FSDP), in
+    the trainer's precision. Hooks of the module that change batches (`on_after_batch_transfer` ...) come before it, on
+    all samples of a step.
 
     Args:
         dataset: map-style, with `experiment.spec.num_samples` samples. A subclass may pass None, and set `self.dataset`
             in its `setup`.
         experiment: made by a client.
-        score: name of the module's method that takes a batch and returns its losses, [m], one a sample. It is called
-            without gradients, must change nothing and can't log.
+        score: where steps score, the name of the module's method that takes a batch and returns its losses, [m], one a
+            sample. It is called without gradients, must change nothing and can't log.
         val_dataloaders: what `fit` would take; Lightning allows them beside a data module no more.
         **options: what `evosample.torch.Loader` takes besides: collate_fn, num_workers, pin_memory, run_options ...
 
@@ -121,7 +118,7 @@ class DataModule(LightningDataModule):
                 "has no place for that: train with evosample.torch.Loader",
                 field="experiment",
             )
-        scores = policy.batch_level == "scored"
+        scores = self.experiment.spec.selects
         if scores and not callable(getattr(trainer.lightning_module, self._score, None)):
             raise InvalidArgumentError(
                 f"{type(trainer.lightning_module).__name__} has no method {self._score}(batch): add one that returns "
@@ -259,8 +256,8 @@ def _warn_of_an_early_end(trainer: Trainer, loader: Loader) -> None:
     num_left, max_epochs = loader.experiment.spec.num_epochs - loader.position.epoch, trainer.max_epochs
     if max_epochs is not None and 0 <= max_epochs - trainer.current_epoch < num_left:
         _log.warning(
-            "Trainer(max_epochs=%d) has %d epochs left, the experiment %d: its last ones, which train on all samples, "
-            "are left out. With Trainer(max_steps=experiment.total_steps) training ends with the experiment",
+            "Trainer(max_epochs=%d) has %d epochs left, the experiment %d: its last ones are left out. "
+            "With Trainer(max_steps=experiment.total_steps) training ends with the experiment",
             max_epochs,
             max_epochs - trainer.current_epoch,
             num_left,

@@ -313,26 +313,27 @@ class Run:
     def _uniform_epoch(self, number: int) -> Epoch:
         """An epoch of the same steps drawn without scores, and without a server: the same on all ranks."""
         spec, policy = self.spec, self.spec.policy
-        draws = policy.batch_level != "all" and not spec.is_annealing(number)
-        is_whole = not draws and (spec.is_annealing(number) or not policy.prune_ratio)
-        spec = replace(
+        is_whole = spec.is_annealing(number) or not policy.prune_ratio
+        uniform = replace(
             spec,
             policy=Uniform() if is_whole else RandomSubset(prune_ratio=policy.prune_ratio),
-            mini_batch_size=spec.mini_batch_size if draws else spec.meta_batch_size,
+            mini_batch_size=spec.meta_batch_size,
             importance_weight="none",
         )
-        table, shape = plan_epoch(spec, number, initial_scores(spec.num_samples))
+        table, _ = plan_epoch(uniform, number, initial_scores(spec.num_samples))
+        shape = spec.shape(number, len(table.sample_ids))
         start = pb.EpochStart(
             num_steps=shape.num_steps,
-            step_rows=shape.step_rows,
-            trained_rows=shape.step_rows,
+            step_rows=shape.trained_rows,
+            trained_rows=shape.trained_rows,
             selecting_interval=1,
             learning_rate_factor=1,
         )
         first_step = self._start.step if number == self._start.epoch else 0
         epoch = Epoch(self, number, first_step, start, is_uniform=True)
+        # The order is random, so the first rows of a part are as good as any.
         sample_ids, prior_scores = (
-            part(rows, shape.step_rows, self.rank, self.world_size)[first_step:]
+            part(rows, shape.step_rows, self.rank, self.world_size)[first_step:, : epoch.part_rows]
             for rows in (table.sample_ids, table.prior_scores)
         )
         epoch.chunks.append(Chunk(sample_ids.astype(np.int64), prior_scores, None))
@@ -570,26 +571,32 @@ class Run:
         return num_pending > 0 and (self._is_flushing or epoch.step_bytes * num_pending >= _REPORT_BYTES)
 
     def _deliver(self, epoch: Epoch) -> None:
-        """Report what was handed over, and finish the epoch if that was all."""
-        while epoch.num_reported < epoch.num_due and not epoch.is_finished:
+        """Report what was handed over, and finish the epoch if that was all: its last report goes with that."""
+        is_last = epoch.is_closed or epoch.num_due >= epoch.stop
+        most = max(_REPORT_BYTES // epoch.step_bytes, 1) if is_last else 0
+        while epoch.num_due - epoch.num_reported > most and not epoch.is_finished:
             self._report_steps(epoch, epoch.num_reported, epoch.num_due)
-        if (epoch.is_closed or epoch.num_reported >= epoch.stop) and not epoch.is_finished:
+        if is_last and not epoch.is_finished:
             self._finish(epoch)
 
     def _report_steps(self, epoch: Epoch, first_step: int, stop: int) -> None:
         stop = min(stop, first_step + max(_REPORT_BYTES // epoch.step_bytes, 1))
-        request = pb.ReportLossesRequest(
-            member=self._member,
-            plan_id=epoch.plan_id,
+        request = self._report_of(epoch, first_step, stop)
+        request.member.CopyFrom(self._member)
+        request.plan_id = epoch.plan_id
+        self._connection.call("ReportLosses", request, give_up=self._closing)
+        epoch.num_reported = max(epoch.num_reported, stop)
+        self._made_contact()
+
+    @staticmethod
+    def _report_of(epoch: Epoch, first_step: int, stop: int) -> pb.ReportLossesRequest:
+        return pb.ReportLossesRequest(
             first_step=first_step,
             num_steps=stop - first_step,
             losses=column_bytes(epoch.losses[first_step:stop]),
             columns={name: column_bytes(values[first_step:stop]) for name, values in epoch.columns.items()},
             chosen=np.packbits(epoch.chosen[first_step:stop], axis=1, bitorder="little").tobytes(),
         )
-        self._connection.call("ReportLosses", request, give_up=self._closing)
-        epoch.num_reported = max(epoch.num_reported, stop)
-        self._made_contact()
 
     def _finish(self, epoch: Epoch) -> None:
         losses = epoch.losses.reshape(-1)
@@ -600,7 +607,11 @@ class Run:
             if is_whole or not attempt:
                 request.reported_rows = int(np.count_nonzero(~np.isnan(losses)))
                 request.checksum = checksum(losses)
+            due = epoch.num_due
+            if epoch.num_reported < due:
+                request.last_report.CopyFrom(self._report_of(epoch, epoch.num_reported, due))
             response = self._connection.call("FinishEpoch", request, give_up=self._closing)
+            epoch.num_reported = max(epoch.num_reported, due)
             if not response.missing_steps:
                 epoch.is_finished = True
                 self._made_contact()

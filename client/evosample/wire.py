@@ -281,8 +281,7 @@ def spec_from_proto(message: pb.ExperimentSpec) -> ExperimentSpec:
     return ExperimentSpec(
         num_samples=message.num_samples,
         num_epochs=message.num_epochs,
-        meta_batch_size=message.meta_batch_size,
-        mini_batch_size=_optional(message, "mini_batch_size").get("mini_batch_size", cast(int, None)),
+        **_optional(message, "meta_batch_size", "mini_batch_size"),
         policy=_policy_from_proto(message),
         importance_weight=_importance_weight_from_proto(message.importance_weight),
         seed=message.seed,

@@ -51,6 +51,7 @@ from evosample_server.keys import BLOCK_ROWS
 from evosample_server.metrics import Metrics
 from evosample_server.planner import Planner
 from evosample_server.store import Head, Member, Store
+from evosample_server.tasks import in_thread
 
 _log = structlog.get_logger()
 
@@ -126,6 +127,16 @@ class GroupRows(NamedTuple):
     first_sample: int
     groups: bytes
     reference_losses: bytes
+
+
+class ReportedSteps(NamedTuple):
+    """What a rank reports of the steps [first_step, first_step + num_steps), as it came; see `ReportLossesRequest`."""
+
+    first_step: int
+    num_steps: int
+    losses: bytes
+    columns: Mapping[str, bytes]
+    chosen: bytes
 
 
 class Finish(NamedTuple):
@@ -540,7 +551,8 @@ class Experiments:
         if head is None or head.epoch != position.epoch:
             return 0
         before = dataclasses.replace(head, num_steps=position.step)  # after going back it is not planned again yet
-        return int(np.count_nonzero(np.isnan((await self._store.read_report(before)).losses)))
+        report = await self._store.read_report(before, await self._store.plan_info(head, head.plan_id))
+        return int(np.count_nonzero(np.isnan(report.losses)))
 
     async def _num_steps(self, head: Head, epoch: int) -> int:
         """Steps of an epoch as it was planned; of one that is not kept the most that it may have had."""
@@ -646,16 +658,16 @@ class Experiments:
         member: Member,
         *,
         plan_id: str,
-        first_step: int,
-        num_steps: int,
-        losses: bytes,
-        columns: Mapping[str, bytes],
-        chosen: bytes,
+        steps: ReportedSteps,
     ) -> int:
         """Record what a rank reports of consecutive steps; returns how many losses were not finite."""
         head = await self._head_of_member(name, uid, member)
+        return await self._take(head, member, plan_id, steps)
+
+    async def _take(self, head: Head, member: Member, plan_id: str, steps: ReportedSteps) -> int:
         self._check_open(head, plan_id)
         shape = head.shape
+        first_step, num_steps, losses, columns, chosen = steps
         check_int("first_step", first_step, 0, shape.num_steps - 1)
         check_int("num_steps", num_steps, 1, shape.num_steps - first_step)
         num_bytes = len(losses) + len(chosen) + sum(map(len, columns.values()))
@@ -750,11 +762,19 @@ class Experiments:
         plan_id: str,
         reported_rows: int | None,
         expected_checksum: int | None,
+        last_steps: ReportedSteps | None,
     ) -> Finish:
-        """Mark a rank's part as reported; the last rank's call seals the epoch and starts the turn."""
+        """Mark a rank's part as reported; the last rank's call seals the epoch and starts the turn.
+
+        Args:
+            last_steps: recorded before.
+        """
         head = await self._head_of_member(name, uid, member)
         if head.epoch < epoch:
             raise EpochClosedError(f"epoch {epoch} is not open: the experiment stands at epoch {head.epoch}")
+        is_sealed = head.epoch == epoch and head.plan_id == plan_id and head.state == "sealed"  # an answer got lost
+        if last_steps is not None and head.epoch == epoch and not is_sealed:
+            await self._take(head, member, plan_id, last_steps)
         if head.epoch == epoch and (reported_rows is not None or expected_checksum is not None):
             self._check_open(head, plan_id, "sealed")
             missing_steps = await self._missing_steps(head, member, reported_rows, expected_checksum)
@@ -762,12 +782,11 @@ class Experiments:
                 return Finish(missing_steps, [])
         answer = await self._store.finish(head, member, plan_id=plan_id, epoch=epoch)
         self._check_answer(answer, head, member, plan_id)
-        head = await self._head_of_member(name, uid, member)
+        if answer == "sealed":
+            self._planner.start_turn(dataclasses.replace(head, state="sealed"))
+            return Finish([], [])
         if head.epoch > epoch:
             return Finish([], [])
-        if head.state == "sealed":
-            await self._planner.announce(uid)
-            self._planner.start_turn(head)
         return Finish([], (await self._store.unfinished_ranks(head))[:_MAX_NAMED_RANKS])
 
     async def _missing_steps(
@@ -778,7 +797,7 @@ class Experiments:
         losses = await self._store.read_part_losses(head, member, first_step=0, num_steps=shape.num_steps)
         reported = ~np.isnan(losses)
         matches_rows = reported_rows is None or np.count_nonzero(reported) == reported_rows
-        if matches_rows and expected_checksum in (None, await asyncio.to_thread(checksum, losses.ravel())):
+        if matches_rows and expected_checksum in (None, await in_thread(losses.size, checksum, losses.ravel())):
             return []
         first = head.first_step
         missing = ~reported[first:].all(axis=1)

@@ -35,7 +35,7 @@ from evosample.wire import ExperimentName
 
 _log = structlog.get_logger()
 
-TURN_PHASES = ("read", "fold", "write_scores", "plan", "write_table", "commit", "collect")
+TURN_PHASES = ("read", "fold", "plan", "write", "commit", "collect")
 TURN_OUTCOMES = ("made", "overtaken", "failed", "interrupted")
 FAULT_CODES = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 OTHER_METHOD = "other"

@@ -27,13 +27,13 @@ from evosample.sampling import (
     Policy,
     Scores,
     Table,
-    extended_scores,
     fold_epoch,
     group_sizes,
     initial_scores,
     mask_of,
     mean_of_finite,
     plan_epoch,
+    starting_scores,
     summarize_epoch,
     summarize_groups,
     table_checksum,
@@ -41,7 +41,7 @@ from evosample.sampling import (
 from evosample.wire import ExperimentName, ExperimentState
 from evosample_server.metrics import Metrics
 from evosample_server.store import Head, RowCounts, Store
-from evosample_server.tasks import cancelled
+from evosample_server.tasks import FEW_ROWS, cancelled, in_thread
 
 _log = structlog.get_logger()
 
@@ -149,17 +149,21 @@ class Planner:
         if lock is None:
             lock = self._locks[head.uid] = asyncio.Lock()
         async with lock:
-            current = await self._store.head(head.name)
-            if current is None or current.identity() != head.identity():
-                return True
             token = secrets.token_hex(8)
-            if not await self._store.lock_turn(head, token, _LOCK_TTL_S):
+            has_lock, current = await asyncio.gather(
+                self._store.lock_turn(head, token, _LOCK_TTL_S), self._store.head(head.name)
+            )
+            if current is None or current.identity() != head.identity():
+                if has_lock:
+                    await self._store.unlock_turn(head, token)
+                return True
+            if not has_lock:
                 return False
             renewal = asyncio.create_task(self._renew_lock(head, token))
             outcome = "interrupted"
             try:
                 with self._span("turn", project=head.name.project, experiment=head.name.name, epoch=head.epoch):
-                    outcome = "made" if await self._turn(head) else "overtaken"
+                    outcome = "made" if await self._turn(head, token) else "overtaken"
             except EpochClosedError:  # another server has made it, and removed what it no longer needs
                 outcome = "overtaken"
                 return True
@@ -169,9 +173,29 @@ class Planner:
             finally:
                 self._metrics.turns.labels(outcome).inc()
                 renewal.cancel()
-                await self._store.unlock_turn(head, token)
+                if outcome != "made":  # else the commit has given the lock back
+                    await self._store.unlock_turn(head, token)
+        # Those who wait for the epoch are woken first: nobody waits for old ones to be removed.
+        collecting = self._collect_in_background(head)
+        try:
+            self._tasks.create_task(collecting)
+        except RuntimeError:  # the server is stopping; the next turn collects
+            collecting.close()
         await self.announce(head.uid)
         return True
+
+    async def _collect_in_background(self, head: Head) -> None:
+        try:
+            await self._collect(head)
+        except RedisError as error:  # the next turn collects
+            _log.warning("collecting failed for now", experiment=head.name.name, epoch=head.epoch, cause=str(error))
+
+    async def _collect(self, head: Head) -> None:
+        """Remove what the experiment no longer needs."""
+        current = await self._store.head(head.name)
+        if current is not None and current.uid == head.uid:
+            with self._phase("collect"):
+                await self._store.collect(current)
 
     async def _renew_lock(self, head: Head, token: str) -> None:
         while True:
@@ -187,12 +211,13 @@ class Planner:
         named = {f"evosample.{name}": value for name, value in attributes.items()}
         return self._tracer.start_as_current_span(name, attributes=named)
 
-    async def _turn(self, head: Head) -> bool:
+    async def _turn(self, head: Head, lock_token: str) -> bool:
         """Make the turn; False if another got there first."""
         store, spec = self._store, head.spec
         epoch, plan_id = head.epoch, head.plan_id
         was_there: NDArray[np.bool_] | None = None
         summarize: Callable[[], EpochSummary] | None = None
+        is_registered = False
         next_spec = self.next_spec(head)
         groups, mixture = await self._read_groups(head, plan_id, next_spec.num_samples)
         is_replan = head.state == "unplanned" and bool(plan_id)  # someone went back to an epoch that kept its scores
@@ -213,29 +238,32 @@ class Planner:
                 )
             else:
                 with self._phase("read"):
-                    report = await store.read_report(head)
+                    info, is_registered = await asyncio.gather(
+                        store.plan_info(head, head.plan_id), store.register_plan(head, plan_id, epoch + 1)
+                    )
+                    report = await store.read_report(head, info)
                     sample_ids = await store.take_sample_ids(head)
                     scores = await store.read_scores(head, head.plan_id)
-                    so_far = (await store.plan_info(head, head.plan_id)).row_counts
+                    so_far = info.row_counts
                 with self._phase("fold"), _blaming(spec.policy):
-                    counts = await asyncio.to_thread(fold_epoch, spec, scores, sample_ids, report)
+                    counts = await in_thread(spec.num_samples, fold_epoch, spec, scores, sample_ids, report)
                     by_group: tuple[GroupSummary, ...] = ()
                     if groups is not None:
                         first_groups = groups.of_first(spec.num_samples)
-                        by_group = await asyncio.to_thread(
-                            summarize_groups, spec, first_groups, mixture, sample_ids, report.losses
+                        by_group = await in_thread(
+                            len(sample_ids), summarize_groups, spec, first_groups, mixture, sample_ids, report.losses
                         )
                 summarize = functools.partial(
                     summarize_epoch,
                     epoch,
                     head.shape,
-                    await asyncio.to_thread(mean_of_finite, report.losses),
+                    await in_thread(len(sample_ids), mean_of_finite, report.losses),
                     counts,
                     scores,
                     trained_before=so_far.trained_rows,
                     groups=by_group,
                 )
-                was_there = await asyncio.to_thread(mask_of, next_spec.num_samples, sample_ids)
+                was_there = await in_thread(spec.num_samples, mask_of, next_spec.num_samples, sample_ids)
                 del report, sample_ids  # of a large dataset they are large
                 if mixture is not None and spec.mixture is not None:
                     excess = np.array([group.excess_loss for group in by_group])
@@ -244,7 +272,8 @@ class Planner:
                     *(before + new for before, new in zip(so_far, (*counts, head.shape.num_trained), strict=True))
                 )
                 epoch += 1
-            scores = await asyncio.to_thread(extended_scores, scores, next_spec.num_samples, spec.policy.columns)
+            n = next_spec.num_samples
+            scores = await in_thread(n, starting_scores, scores, n, spec.policy.columns)
         if groups is not None:
             groups = groups.of_first(next_spec.num_samples)
         return await self._plan(
@@ -257,8 +286,10 @@ class Planner:
             groups,
             mixture,
             has_scores=is_replan,
+            is_registered=is_registered,
             was_there=was_there,
             summarize=summarize,
+            lock_token=lock_token,
         )
 
     @staticmethod
@@ -289,19 +320,15 @@ class Planner:
     async def plan_first(self, head: Head, scores: Scores, *, is_imported: bool) -> bool:
         """Plan an experiment's first epoch anew, from these scores; False if its head has changed meanwhile."""
         spec = self.next_spec(head)
-        scores = await asyncio.to_thread(extended_scores, scores, spec.num_samples, spec.policy.columns)
+        scores = await asyncio.to_thread(starting_scores, scores, spec.num_samples, spec.policy.columns)
         groups, mixture = await self._read_groups(head, "", spec.num_samples)
         is_committed = await self._plan(
             head, head.epoch, secrets.token_hex(8), scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
         )
         await self.announce(head.uid)
+        if is_committed:
+            await self._collect(head)
         return is_committed
-
-    async def _write_scores(self, head: Head, plan_id: str, epoch: int, scores: Scores) -> bool:
-        """Begin a plan with its scores; False if the experiment or the plan is gone, or the store has lost some."""
-        with self._phase("write_scores"):
-            is_registered = await self._store.register_plan(head, plan_id, epoch)
-            return is_registered and await self._store.write_scores(head, plan_id, scores)
 
     async def _plan(
         self,
@@ -315,9 +342,11 @@ class Planner:
         mixture: NDArray[np.float64] | None,
         *,
         has_scores: bool = False,
+        is_registered: bool = False,
         was_there: NDArray[np.bool_] | None = None,
         summarize: Callable[[], EpochSummary] | None = None,
         is_imported: bool = False,
+        lock_token: str = "",
     ) -> bool:
         """Write the scores and the table of `epoch`, and move the head to it.
 
@@ -325,26 +354,35 @@ class Planner:
 
         Args:
             has_scores: whether the store has this plan's scores already.
+            is_registered: whether its columns can be written.
             was_there: bool [n], which samples the epoch before had; None: there was none.
             summarize: sums up the epoch before.
+            lock_token: of the turn's lock, which the commit gives back; empty: there is none.
         """
         store = self._store
         is_last = epoch == spec.num_epochs
         shape = table = counting = None
-        # While the table is made, the store takes the scores, and another thread sums up the epoch before.
-        writing = None if has_scores else asyncio.create_task(self._write_scores(head, plan_id, epoch, scores))
-        summing = None if summarize is None else asyncio.create_task(asyncio.to_thread(summarize))
+        if not (has_scores or is_registered or await store.register_plan(head, plan_id, epoch)):
+            return False
+        # While the table is made, the store takes the scores, and another thread sums up the epoch before. Few scores
+        # are written together with the table.
+        is_apart = not has_scores and spec.num_samples > FEW_ROWS
+        writing = None
+        if is_apart:
+            writing = asyncio.create_task(store.write(head, plan_id, scores=scores))
+        summing = None if summarize is None else asyncio.create_task(in_thread(spec.num_samples, summarize))
         try:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):
-                    table, shape = await asyncio.to_thread(plan_epoch, spec, epoch, scores, groups, mixture)
-                counting = asyncio.create_task(asyncio.to_thread(_checksum_and_new_rows, table, was_there))
-            if writing is not None and not await writing:
-                return False
-            if table is not None:
-                with self._phase("write_table"):
-                    if not await store.write_table(head, plan_id, table):
-                        return False
+                    n = spec.num_samples
+                    table, shape = await in_thread(n, plan_epoch, spec, epoch, scores, groups, mixture)
+                counting = asyncio.create_task(in_thread(n, _checksum_and_new_rows, table, was_there))
+            with self._phase("write"):
+                if writing is not None and not await writing:
+                    return False
+                rest = None if has_scores or is_apart else scores
+                if not await store.write(head, plan_id, scores=rest, table=table):
+                    return False
             crc, new_rows = (0, None) if counting is None else await counting
             folded = None if summing is None else await summing
         finally:
@@ -364,15 +402,12 @@ class Planner:
                 mixture=mixture,
                 folded=folded,
                 is_imported=is_imported,
+                lock_token=lock_token,
             )
         if not is_committed:
             await store.collect(head, lost_plan=plan_id)
             return False
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
-        current = await store.head(head.name)
-        if current is not None and current.uid == head.uid:
-            with self._phase("collect"):
-                await store.collect(current)
         return True
 
 

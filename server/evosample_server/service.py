@@ -22,11 +22,23 @@ from evosample.wire import (
     watched_to_proto,
 )
 from evosample_server.access import audit
-from evosample_server.experiments import EpochRows, EpochStart, EpochWait, Experiments, GroupRows, ScoreRows
+from evosample_server.experiments import (
+    EpochRows,
+    EpochStart,
+    EpochWait,
+    Experiments,
+    GroupRows,
+    ReportedSteps,
+    ScoreRows,
+)
 from evosample_server.store import Member
 from evosample_server.tasks import cancelled
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _reported_steps(request: pb.ReportLossesRequest) -> ReportedSteps:
+    return ReportedSteps(request.first_step, request.num_steps, request.losses, request.columns, request.chosen)
 
 
 def _member(message: pb.Member) -> Member:
@@ -127,11 +139,7 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             request.member.ref.uid,
             _member(request.member),
             plan_id=request.plan_id,
-            first_step=request.first_step,
-            num_steps=request.num_steps,
-            losses=request.losses,
-            columns=request.columns,
-            chosen=request.chosen,
+            steps=_reported_steps(request),
         )
         return pb.ReportLossesResponse(non_finite_losses=num_non_finite)
 
@@ -160,6 +168,7 @@ class SelectionService(pb_grpc.SelectionServiceServicer):
             plan_id=request.plan_id,
             reported_rows=request.reported_rows if request.HasField("reported_rows") else None,
             expected_checksum=request.checksum if request.HasField("checksum") else None,
+            last_steps=_reported_steps(request.last_report) if request.HasField("last_report") else None,
         )
         missing_steps = [pb.StepRange(first_step=first, num_steps=count) for first, count in finish.missing_steps]
         return pb.FinishEpochResponse(missing_steps=missing_steps, waiting_for_ranks=finish.waiting_for_ranks)

@@ -57,6 +57,7 @@ from evosample.wire import (
 from evosample_server import keys
 from evosample_server.keys import BLOCK_ROWS, ExperimentKeys
 from evosample_server.metrics import Metrics
+from evosample_server.tasks import in_thread
 
 _log = structlog.get_logger()
 
@@ -89,6 +90,7 @@ _RESERVED_S = 60
 _PROBE_TTL_MS = 60_000
 _BLOCKS_AT_ONCE = 8
 _STAGED_TTL_MS = 120_000
+_SMALL_BYTES = 2**18
 _LISTEN_TIMEOUT_S = 10.0
 _REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
@@ -670,12 +672,22 @@ class Store:
         """Whether the scores of the current plan came from outside."""
         return bool(await cast(Any, self._redis.hexists(head.keys.plan(head.plan_id), "imported")))
 
-    async def write_scores(self, head: Head, plan_id: str, scores: Scores) -> bool:
-        """Write a plan's scores; False if the plan was collected meanwhile, or the store has lost some of them."""
-        columns: dict[str, Any] = dict(zip(_SCORE_COLUMNS, scores, strict=False))
-        columns |= _policy_columns(scores.columns)
+    async def write(
+        self,
+        head: Head,
+        plan_id: str,
+        *,
+        scores: Scores | None = None,
+        table: Table | None = None,
+    ) -> bool:
+        """Write a plan's scores, its table or both; False if it was collected meanwhile, or the store has lost some."""
+        columns: dict[str, Any] = {}
+        if scores is not None:
+            columns |= dict(zip(_SCORE_COLUMNS, scores, strict=False)) | _policy_columns(scores.columns)
         # If it is made here, the next turn reads them. Large ones would drive tables out of the cache until then.
         fits = sum(values.nbytes for values in columns.values()) <= self._cache.max_bytes * _MAX_SCORES_SHARE
+        if table is not None:
+            columns |= {name: rows for name, rows in zip(_TABLE_COLUMNS, table, strict=True) if rows is not None}
         return await self._write_columns(head, plan_id, columns, is_cached=fits)
 
     async def write_groups(self, head: Head, groups: Groups) -> None:
@@ -715,14 +727,13 @@ class Store:
             return None
         return await self._read(head, head.groups_id, "group", np.uint16, first, count, head.groups_size)
 
-    async def write_table(self, head: Head, plan_id: str, table: Table) -> bool:
-        """Write a plan's table; False if the plan was collected meanwhile, or the store has lost some of it."""
-        columns = dict(zip(_TABLE_COLUMNS, table, strict=True))
-        present = {column: rows for column, rows in columns.items() if rows is not None}
-        return await self._write_columns(head, plan_id, present, is_cached=True)
-
     async def _write_columns(
-        self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
+        self,
+        head: Head,
+        plan_id: str,
+        columns: dict[str, NDArray[Any]],
+        *,
+        is_cached: bool,
     ) -> bool:
         """Write columns; False if what they belong to was collected meanwhile, or is now, as the store has lost some.
 
@@ -739,10 +750,9 @@ class Store:
             written = dict(blocks[first : first + _BLOCKS_AT_ONCE])
             if is_cached:  # a cached view would keep the whole column alive
                 copies = {key: np.empty_like(rows) for key, rows in written.items()}
-                await asyncio.to_thread(_copy, written, copies)
+                await in_thread(sum(map(len, written.values())), _copy, written, copies)
                 written = copies
-            for key, rows in written.items():
-                await self._redis.set(keys.staged(key), rows.data.cast("B"), px=_STAGED_TTL_MS)
+            await self._stage({keys.staged(key): rows.data.cast("B") for key, rows in written.items()})
             script_keys = [name for key in written for name in (keys.staged(key), key)]
             if not await self._run("keep", [experiment.head, experiment.plans, *script_keys], [head.uid, plan_id]):
                 await self.collect(head, lost_plan=plan_id)
@@ -751,6 +761,17 @@ class Store:
                 for key, rows in written.items():
                     self._cache.put(key, rows)
         return True
+
+    async def _stage(self, blocks: dict[str, memoryview]) -> None:
+        """Write blocks: small ones in one round trip, large ones one by one, so that others get their turn."""
+        if sum(map(len, blocks.values())) > _SMALL_BYTES:
+            for key, rows in blocks.items():
+                await self._redis.set(key, rows, px=_STAGED_TTL_MS)
+            return
+        pipeline: Any = self._redis.pipeline(transaction=False)
+        for key, rows in blocks.items():
+            pipeline.set(key, rows, px=_STAGED_TTL_MS)
+        await pipeline.execute()
 
     async def commit(
         self,
@@ -767,8 +788,13 @@ class Store:
         mixture: NDArray[np.float64] | None,
         folded: EpochSummary | None,
         is_imported: bool,
+        lock_token: str,
     ) -> bool:
-        """Move the head to a plan whose columns are complete; False if another got there first."""
+        """Move the head to a plan whose columns are complete; False if another got there first.
+
+        Args:
+            lock_token: of the turn's lock, which is given back then; empty: there is none.
+        """
         experiment = head.keys
         script_keys = [
             experiment.head,
@@ -777,6 +803,7 @@ class Store:
             experiment.finished,
             experiment.plan(plan_id),
             experiment.history,
+            experiment.turn_lock,
         ]
         counts = [item for pair in row_counts._asdict().items() for item in pair]
         if new_rows is not None:
@@ -794,7 +821,7 @@ class Store:
         num_steps, num_hidden_steps = (0, 0) if shape is None else (shape.num_steps, shape.num_hidden_steps)
         args: list[Any] = [*head.identity(), epoch, plan_id, state, table_checksum, num_steps, num_hidden_steps]
         made_with = b"" if head.next_spec is None else _bytes_of(spec)
-        args += [summary, _num_kept_summaries(spec), made_with, *counts]
+        args += [summary, _num_kept_summaries(spec), made_with, lock_token, *counts]
         is_committed = bool(await self._run("commit", script_keys, args))
         if is_committed:
             await self.replicated(head.name)
@@ -965,7 +992,7 @@ class Store:
             pieces.append(rows)
             stop = done + sum(map(len, pieces))
             if len(pieces) == _BLOCKS_AT_ONCE or stop == total:
-                await asyncio.to_thread(np.concatenate, pieces, out=values[done:stop])
+                await in_thread(stop - done, np.concatenate, pieces, out=values[done:stop])
                 done, pieces = stop, []
         return values
 
@@ -1076,16 +1103,19 @@ class Store:
             done += block.num_rows
         return values.reshape(steps.num_steps, num_values)
 
-    async def read_report(self, head: Head) -> Report:
+    async def read_report(self, head: Head, info: PlanInfo) -> Report:
         """All that was reported of the current epoch, in row order.
 
         What a run reported counts up to the step from which a later run did.
+
+        Args:
+            info: of the epoch's plan.
         """
         shape, plan_id = head.shape, head.plan_id
         names = head.spec.policy.reported_columns
-        report = await asyncio.to_thread(_nothing_reported, shape.num_rows, names)
+        report = await in_thread(shape.num_rows, _nothing_reported, shape.num_rows, names)
         stop = shape.num_steps
-        for generation, world_size, first_step in reversed((await self.plan_info(head, plan_id)).generations):
+        for generation, world_size, first_step in reversed(info.generations):
             part_rows = shape.step_rows // world_size
             own = zip(_policy_columns(names), report.columns.values(), strict=True)
             for column, dtype, num_values, values in (
@@ -1098,7 +1128,7 @@ class Store:
                     steps = _Steps(plan_id, generation, rank, first_step, stop - first_step)
                     parts.append(await self._read_steps(head, steps, column, dtype, num_values))
                 rows = values[first_step * shape.step_rows : stop * shape.step_rows]
-                await asyncio.to_thread(_put_together, rows, shape.step_rows, column, parts)
+                await in_thread(len(rows), _put_together, rows, shape.step_rows, column, parts)
             stop = min(stop, first_step)
         return report
 

@@ -112,20 +112,29 @@ def test_what_an_experiment_is_doing(figures: Watched, expected: str) -> None:
 
 def test_progress_counts_the_steps_of_all_ranks() -> None:
     assert progress_share(watched(generation=0, world_size=0, epoch=0)) == 0
-    steps_before = 10 + 7  # the first epoch trains on everything
-    total = 10 + 9 * 7
+    steps_before = 2 * 7
+    total = 10 * 7
     assert progress_share(watched((2, 3, 1.0, 1.0), (1, 7, 1.0, 1.0))) == pytest.approx((steps_before + 1.5) / total)
     assert progress_share(watched((9, 7, 1.0, 1.0), epoch=10, state="finished")) == 1
 
 
-def test_what_was_saved_is_measured_against_training_on_everything() -> None:
-    def saved(epoch: int, trained_rows: int) -> float | None:
-        return saved_share(watched(epoch=epoch, trained_rows=trained_rows).status)
+def test_what_was_saved_is_measured_against_ordinary_training_of_as_many_rows() -> None:
+    def saved(trained_rows: int, *rows: int, spec: ExperimentSpec = SPEC) -> float | None:
+        visited, non_finite, unreported = rows
+        found = watched(
+            spec=spec,
+            trained_rows=trained_rows,
+            visited_rows=visited,
+            non_finite_rows=non_finite,
+            unreported_rows=unreported,
+        )
+        return saved_share(found.status)
 
-    assert saved(0, 0) is None
-    assert saved(1, N) == 0
-    trained = 10 * 100 + 3 * 7 * 20
-    assert saved(4, trained) == pytest.approx(1 - trained / (4 * N))
+    assert saved(0, 0, 0, 0) is None
+    assert saved(N, N, 0, 0) == 0
+    assert saved(4 * 7 * 20, 4 * 7 * 100 - 80, 50, 30) == pytest.approx(0.8)
+    unscored = ExperimentSpec(num_samples=N, num_epochs=10, mini_batch_size=20)
+    assert saved(N, N, 0, 0, spec=unscored) is None, "as many rows as ordinary training"
 
 
 def test_coverage_and_staleness_count_every_sample_once() -> None:
@@ -147,9 +156,9 @@ def test_samples_a_second_follow_from_two_figures() -> None:
     throughput = Throughput(window_s=10)
     assert throughput.add(100.0, watched((0, 4, 1.0, 1.0), (0, 4, 1.0, 1.0))) is None
     assert throughput.add(102.0, watched((0, 5, 1.0, 1.0), (0, 4, 1.0, 1.0))) == pytest.approx(50 / 2)
-    # into the next epoch, of 10 steps before it
-    assert throughput.add(104.0, watched((1, 0, 1.0, 1.0), (0, 10, 1.0, 1.0))) == pytest.approx(600 / 2 * 2 / 4)
-    assert throughput.add(200.0, watched((1, 0, 1.0, 1.0), (0, 10, 1.0, 1.0))) == 0
+    # into the next epoch, of 7 steps before it
+    assert throughput.add(104.0, watched((1, 0, 1.0, 1.0), (0, 7, 1.0, 1.0))) == pytest.approx(300 / 2 * 2 / 4)
+    assert throughput.add(200.0, watched((1, 0, 1.0, 1.0), (0, 7, 1.0, 1.0))) == 0
     # what a new run has reported is not compared with what the one before had
     assert throughput.add(201.0, watched((0, 1, 1.0, 1.0), generation=2)) is None
     assert throughput.add(202.0, watched((0, 2, 1.0, 1.0), generation=2)) == pytest.approx(100)
@@ -178,7 +187,7 @@ def test_differing_settings_name_what_differs_alone() -> None:
         "samples": ("1,000", "2,000"),
         "beta2": ("0.8", "0.9"),
         "prune ratio": ("0.3", "0"),
-        "annealing": ("0", f"{EvolvedSampling().annealing:g}"),
+        "annealing": ("0", "0.05"),
         "seed": ("0", "4"),
     }
 

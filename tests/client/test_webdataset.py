@@ -269,6 +269,7 @@ class Job:
             meta_batch_size=30,
             mini_batch_size=10,
             policy=evosample.EvolvedSampling(prune_ratio=0.3),
+            max_skipped_epochs=1,
             shard_sizes=dataset.shards.shard_sizes,
             shuffle_block_samples=SHARD,
         )

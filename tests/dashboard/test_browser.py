@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 PHONE_PX = 390
 PLOTS = (
     "Mean loss",
-    "Kept, chosen, saved",
+    "Kept, chosen",
     "Scores",
     "Movement of the scores",
     "Coverage and staleness",
@@ -125,7 +125,7 @@ def test_signing_in_and_watching_a_live_run(
     mean_losses, _ = plotted(page, "Mean loss")
     assert [point[0] for point in mean_losses] == [past.summary.epoch for past in history]
     assert [point[1] for point in mean_losses] == pytest.approx([past.summary.mean_loss for past in history], rel=1e-3)
-    kept, chosen, _ = plotted(page, "Kept, chosen, saved")
+    kept, chosen = plotted(page, "Kept, chosen")
     assert (kept[-1][1], chosen[-1][1]) == (80, 20)
     hardest = page.locator(".q-card", has_text="Hardest samples").locator("tbody tr")
     expect(hardest).to_have_count(20)

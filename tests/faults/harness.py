@@ -34,6 +34,7 @@ from evosample.sampling import (
     part,
     plan_epoch,
     select_mini_batch,
+    starting_scores,
 )
 from evosample.v1 import selection_pb2 as pb
 from support import ServerProcess, columns_of, fixed_losses, train
@@ -49,7 +50,9 @@ SETTINGS: dict[str, Any] = {
 }
 # One policy each, some with other draws: epochs of 20 steps or fewer, at most four of them hidden.
 EACH_POLICY: dict[str, dict[str, Any]] = {
-    name: SETTINGS | {"num_samples": 800, "policy": policy, "importance_weight": importance_weight}
+    name: SETTINGS
+    | {"num_samples": 800, "policy": policy, "importance_weight": importance_weight}
+    | ({"mini_batch_size": 40} if policy.batch_level == "all" else {})
     for name, policy, importance_weight in [
         ("evolved_sampling", EvolvedSampling(prune_ratio=0.2), "unbiased"),
         ("systematic_with_guards", EvolvedSampling(prune_ratio=0.2, set_draw="systematic"), "unbiased"),
@@ -62,6 +65,12 @@ EACH_POLICY: dict[str, dict[str, Any]] = {
         ("ucb", UCB(), "none"),
         ("selective_backprop", SelectiveBackprop(begin=0.3), "unbiased"),
     ]
+}
+EACH_POLICY["without_scoring"] = SETTINGS | {
+    "num_samples": 800,
+    "mini_batch_size": 10,
+    "meta_batch_size": None,
+    "policy": EvolvedSampling(),
 }
 EACH_POLICY["systematic_with_guards"] |= {"max_skipped_epochs": 1, "loss_clip_quantile": 0.9}
 LARGE: dict[str, Any] = SETTINGS | {"num_samples": 400_000, "meta_batch_size": 20_000, "mini_batch_size": 5_000}
@@ -212,6 +221,7 @@ def computed(settings: dict[str, Any], world_size: int) -> Outcome:
             visits.append((epoch, step, rank, ids.tolist(), *choice))
         report = Report(losses_of_rows, chosen, columns_of(spec.policy, losses_of_rows))
         fold_epoch(spec, scores, table.sample_ids, report)
+        scores = starting_scores(scores, spec.num_samples, spec.policy.columns)
     columns = scores._asdict() | dict(scores.columns)
     del columns["columns"]
     return Outcome(visits, {name: column.tobytes() for name, column in columns.items()})

@@ -28,6 +28,7 @@ from evosample.sampling import (
     initial_scores,
     plan_epoch,
     select_mini_batch,
+    starting_scores,
 )
 
 RETAIN_EPOCHS = 2
@@ -306,6 +307,7 @@ class Model:
     # Epochs
 
     def _planned(self, spec: ExperimentSpec, epoch: int, scores: Scores, row_counts: RowCounts) -> Epoch:
+        scores = starting_scores(scores.copy(), spec.num_samples, spec.policy.columns)
         nothing = np.empty(0, np.float32)
         plan = Plan(Table(nothing, nothing, None), EpochShape(0, 0, 0, 1, 0, is_annealing=False))
         if epoch < spec.num_epochs:

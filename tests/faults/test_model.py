@@ -13,6 +13,7 @@ of this folder, and so is the clock of straggler time-outs.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -380,15 +381,15 @@ def mostly(usual: Sequence[T], otherwise: Sequence[T]) -> st.SearchStrategy[T]:
 draws = ["successive", "systematic", "top_k"]
 evolved = st.builds(
     EvolvedSampling,
-    prune_ratio=st.sampled_from([0.25, 0.5, 0.0]),
-    annealing=st.sampled_from([0.0, 0.05]),
+    prune_ratio=st.sampled_from([0.25, 0.5, 0.0, None]),
+    annealing=st.sampled_from([0.0, 0.05, None]),
     set_draw=st.sampled_from(draws),
     batch_draw=st.sampled_from([*draws, "with_replacement"]),
 )
 policies = st.one_of(
     evolved,
     evolved,
-    st.builds(RandomSubset, prune_ratio=st.sampled_from([0.3, 0.0])),
+    st.builds(RandomSubset, prune_ratio=st.sampled_from([0.3, 0.75])),
     st.just(Uniform()),
     st.builds(InfoBatch, ratio=st.sampled_from([0.5, 0.9]), delta=st.sampled_from([0.7, 1.0])),
     st.builds(Kakurenbo, max_ratio=st.sampled_from([0.3, 0.6]), min_confidence=st.sampled_from([0.7, 2**-4])),
@@ -409,7 +410,7 @@ what_follows = st.sampled_from(["look", "stream", "export", "create"])
 
 @st.composite
 def specs(draw: st.DrawFn) -> ExperimentSpec:
-    meta_batch_size, mini_batch_size = draw(st.sampled_from([(12, 6), (8, 4), (9, 3)]))
+    meta_batch_size, mini_batch_size = draw(st.sampled_from([(12, 6), (8, 4), (9, 3), (6, 6), (4, None)]))
     settings: dict[str, Any] = {
         "num_samples": draw(st.integers(40, 80)),
         "num_epochs": draw(st.integers(3, 5)),
@@ -421,11 +422,13 @@ def specs(draw: st.DrawFn) -> ExperimentSpec:
         "max_skipped_epochs": draw(st.sampled_from([0, 0, 1])),
         "loss_clip_quantile": draw(st.sampled_from([1.0, 1.0, 0.5])),
     }
-    try:
-        weights: list[ImportanceWeight] = ["none", "unbiased", "self_normalized"]
-        return ExperimentSpec(**settings, importance_weight=draw(st.sampled_from(weights)))
-    except InvalidValue:  # the policy has no inclusion probabilities
+    weights: list[ImportanceWeight] = ["none", "unbiased", "self_normalized"]
+    settings["importance_weight"] = draw(st.sampled_from(weights))
+    with contextlib.suppress(InvalidValue):
         return ExperimentSpec(**settings)
+    # The policy has no inclusion probabilities, or could select nothing from such steps.
+    sizes = {"meta_batch_size": 8, "mini_batch_size": 4}
+    return ExperimentSpec(**(settings | sizes | {"importance_weight": "none"}))
 
 
 class Values(NamedTuple):

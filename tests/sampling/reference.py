@@ -115,6 +115,7 @@ class Kept:
     probabilities: dict[int, float]
     own_weights: dict[int, float] = field(default_factory=dict)
     hidden: list[int] = field(default_factory=list)
+    floor: list[int] = field(default_factory=list)  # what keeps groups at their floors
 
 
 class Experiment:
@@ -126,8 +127,8 @@ class Experiment:
     weighs = False
     scores_batches = False
 
-    def __init__(self, spec: ExperimentSpec, world_size: int) -> None:
-        self.spec, self.world_size, self.n = spec, world_size, spec.num_samples
+    def __init__(self, spec: ExperimentSpec, world_size: int, groups: Sequence[int] = ()) -> None:
+        self.spec, self.world_size, self.n, self.groups = spec, world_size, spec.num_samples, groups
         self.policy: Any = spec.policy
         n = self.n
         self.scores = [F(1 / n)] * n
@@ -141,8 +142,7 @@ class Experiment:
         return False
 
     def keep(self, free: list[int], num_owed: int, epoch: int, bits: Sequence[int]) -> Kept:
-        ratio = Fraction(str(getattr(self.policy, "prune_ratio", 0.0)))
-        num_places = self.n - math.floor(ratio * self.n) - num_owed
+        num_places = self.num_places() - num_owed
         drawn = DRAWS[self.policy.set_draw]([self.prune_weight(i) for i in free], num_places, [bits[i] for i in free])
         return Kept([free[row] for row, _ in drawn], {free[row]: p for row, p in drawn})
 
@@ -162,17 +162,48 @@ class Experiment:
 
     # What holds for all.
 
+    def num_places(self) -> int:
+        return max(self.n - math.floor(Fraction(str(self.policy.prune_ratio)) * self.n), self.spec.meta_batch_size)
+
+    def extend(self, spec: ExperimentSpec, groups: Sequence[int] = ()) -> None:
+        """Samples are added at the end."""
+        start = F(1 / spec.num_samples)
+        values: tuple[list[Any], ...] = (self.visits, self.staleness, self.chosen, self.chosen_staleness)
+        for column, value in ((self.scores, start), (self.sampling_weights, start), *((each, 0) for each in values)):
+            column += [value] * (spec.num_samples - self.n)
+        self.spec, self.n, self.groups = spec, spec.num_samples, groups
+
+    def weigh_unvisited(self) -> None:
+        """Samples without a loss weigh as much as the others in the mean."""
+        visited = [float(self.sampling_weights[i]) for i in range(self.n) if self.visits[i]]
+        for i in range(self.n):
+            if visited and not self.visits[i]:
+                self.sampling_weights[i] = F(math.fsum(visited) / len(visited))
+
+    def floor_of(self, epoch: int) -> list[int]:
+        """Of each group those of the highest weights; of equal ones those with the smallest bits."""
+        ties = random_bits(self.spec.seed, Purpose.FLOORS, epoch, 0, 0, self.n)
+        found = []
+        for group in range(self.spec.num_groups):
+            members = [i for i in range(self.n) if self.groups[i] == group]
+            members.sort(key=lambda i: (-self.sampling_weights[i], ties[i]))
+            found += members[: math.ceil(Fraction(str(self.spec.group_floor)) * len(members))]
+        return found
+
     def kept(self, epoch: int) -> Kept:
         n, everything = self.n, Kept(list(range(self.n)), dict.fromkeys(range(self.n), 1.0))
+        everything.floor = self.floor_of(epoch)
         if self.trains_on_everything(epoch):
             return everything
         bits = [int(b) for b in random_bits(self.spec.seed, Purpose.PRUNE, epoch, 0, 0, n)]
         owed = [i for i in range(n) if self.visits[i] == 0 and self.prefers_unvisited]
-        num_places = n - math.floor(Fraction(str(self.policy.prune_ratio)) * n)
+        owed = sorted({*owed, *everything.floor})
+        num_places = self.num_places()
         if len(owed) > num_places:
             drawn = successive([0] * len(owed), num_places, [bits[i] for i in owed])
             return Kept([owed[row] for row, _ in drawn], {owed[row]: p for row, p in drawn})
         kept = self.keep([i for i in range(n) if i not in set(owed)], len(owed), epoch, bits)
+        kept.floor = everything.floor
         kept.ids = sorted(kept.ids + owed)
         kept.probabilities |= dict.fromkeys(owed, 1.0)
         if len(kept.ids) < self.spec.meta_batch_size or 0 < len(kept.hidden) < self.spec.meta_batch_size:
@@ -181,23 +212,30 @@ class Experiment:
 
     def table(self, epoch: int, kept: Kept) -> tuple[list[int], list[float] | None, int]:
         """Sample ids in their order, the set level's importance weights, and how many steps are hidden."""
-        whole_steps, seed = len(kept.ids) // self.spec.meta_batch_size, self.spec.seed
+        num_rows, seed = len(kept.ids) // self.spec.meta_batch_size * self.spec.meta_batch_size, self.spec.seed
         order = permutation(random_bits(seed, Purpose.SHUFFLE, epoch, 0, 0, len(kept.ids)))
-        ids = [kept.ids[int(order[row])] for row in range(whole_steps * self.step_rows(epoch))]
+        ids = [kept.ids[int(row)] for row in order]
+        probabilities = kept.probabilities
+        if kept.floor:  # what fills no step is none of them
+            others = [i for i in ids if i not in kept.floor]
+            num_left = len(others) - (len(ids) - num_rows)
+            ids = [i for i in ids if i in kept.floor or i in others[:num_left]]
+            order = permutation(random_bits(seed, Purpose.SHUFFLE_GUARDED, epoch, 0, 0, num_rows))
+            ids = [ids[int(row)] for row in order]
+            share = {i: 1.0 if i in kept.floor else num_left / max(len(others), 1) for i in ids}
+            probabilities = {i: probabilities[i] * share[i] * len(kept.ids) / num_rows for i in ids}
+        ids = ids[:num_rows]
         hidden_steps = len(kept.hidden) // self.spec.meta_batch_size
         order = permutation(random_bits(seed, Purpose.SHUFFLE_HIDDEN, epoch, 0, 0, len(kept.hidden)))
         hidden = sorted(kept.hidden[int(order[row])] for row in range(hidden_steps * self.spec.meta_batch_size))
         weights = None
         if self.spec.importance_weight != "none":
-            weights = [len(kept.ids) / (self.n * kept.probabilities[i]) for i in ids]
+            weights = [len(kept.ids) / (self.n * probabilities[i]) for i in ids]
         elif self.weighs:
             weights = [kept.own_weights.get(i, 1.0) for i in ids]
         if weights is not None:
             weights += [0.0] * len(hidden)
         return ids + hidden, weights, hidden_steps
-
-    def step_rows(self, epoch: int) -> int:
-        return self.spec.meta_batch_size
 
     def select(
         self, epoch: int, step: int, rank: int, ids: list[int], losses: list[Any], weights: list[float] | None
@@ -262,16 +300,14 @@ def share_of(share: float, num_epochs: int) -> int:
 
 
 class EvolvedSamplingReference(Experiment):
-    prefers_unvisited = True
-    scores_batches = True
-
-    def __init__(self, spec: ExperimentSpec, world_size: int) -> None:
-        super().__init__(spec, world_size)
+    def __init__(self, spec: ExperimentSpec, world_size: int, groups: Sequence[int] = ()) -> None:
+        super().__init__(spec, world_size, groups)
         self.beta1, self.beta2 = self.policy.beta1, self.policy.beta2
+        self.scores_batches = spec.mini_batch_size < spec.meta_batch_size
 
     def trains_on_everything(self, epoch: int) -> bool:
         ends = share_of(self.policy.annealing, self.spec.num_epochs)
-        return epoch < max(1, ends) or epoch >= self.spec.num_epochs - ends
+        return epoch < ends or epoch >= self.spec.num_epochs - ends
 
     def prune_weight(self, i: int) -> Any:
         return self.sampling_weights[i]
@@ -283,8 +319,7 @@ class UniformReference(Experiment):
 
 
 class RandomSubsetReference(Experiment):
-    def step_rows(self, epoch: int) -> int:
-        return self.spec.mini_batch_size
+    pass
 
 
 class LatestLosses(Experiment):

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from evosample.sampling import (
     EvolvedSampling,
     ExperimentSpec,
     FoldCounts,
+    Groups,
     ImportanceWeight,
     InfoBatch,
     InvalidValue,
@@ -45,6 +47,7 @@ from evosample.sampling import (
     plan_epoch,
     recorded_losses,
     select_mini_batch,
+    starting_scores,
 )
 from sampling.reference import REFERENCES, Experiment
 
@@ -92,14 +95,35 @@ class Epoch:
 
 
 def follow(
-    spec: ExperimentSpec, world_size: int = 1, losses_of: Losses = noisy_losses, lost_rows: float = 0.05
+    spec: ExperimentSpec,
+    world_size: int = 1,
+    losses_of: Losses = noisy_losses,
+    lost_rows: float = 0.05,
+    *,
+    grows_to: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[Epoch]:
-    """Run an experiment epoch by epoch, the reference beside it, and compare everything that either decides."""
+    """Run an experiment epoch by epoch, the reference beside it, and compare everything that either decides.
+
+    Args:
+        lost_rows: share of an epoch's rows whose losses are never reported.
+        grows_to: epoch -> samples that the dataset has from then on.
+    """
+
+    def groups_of(spec: ExperimentSpec) -> list[int]:
+        return [i % spec.num_groups for i in range(spec.num_samples)] if spec.num_groups else []
+
     spec.check_world_size(world_size)
-    reference: Experiment = REFERENCES[type(spec.policy)](spec, world_size)
+    reference: Experiment = REFERENCES[type(spec.policy)](spec, world_size, groups_of(spec))
     scores = initial_scores(spec.num_samples, spec.policy.columns)
     for number in range(spec.num_epochs):
-        kept, plan = keep_samples(spec, number, scores), plan_epoch(spec, number, scores)
+        if number in grows_to:
+            spec = dataclasses.replace(spec, num_samples=grows_to[number])
+            reference.extend(spec, groups_of(spec))
+        groups = Groups(np.array(groups_of(spec), np.uint16)) if spec.num_groups else None
+        scores = starting_scores(scores, spec.num_samples, spec.policy.columns)
+        reference.weigh_unvisited()
+        assert scores.sampling_weights.tolist() == reference.sampling_weights
+        kept, plan = keep_samples(spec, number, scores, groups), plan_epoch(spec, number, scores, groups)
         expected = reference.kept(number)
         assert kept.sample_ids.tolist() == expected.ids
         assert kept.hidden_ids.tolist() == expected.hidden
@@ -175,6 +199,7 @@ POLICIES: list[Policy] = [
     EvolvedSampling(),
     EvolvedSampling(beta1=0, beta2=0, prune_ratio=0.6, annealing=0.2),
     EvolvedSampling(beta1=1, beta2=1, annealing=0),
+    EvolvedSampling(beta1=0, beta2=0, prune_ratio=0.3, annealing=0),
     Uniform(),
     RandomSubset(),
     RandomSubset(prune_ratio=0.3),
@@ -221,6 +246,31 @@ def test_ten_epochs_are_those_of_a_plain_loop(
         assert min(rows) < 99 or selecting
     if isinstance(policy, Kakurenbo):
         assert sum(epoch.plan.shape.num_hidden_steps > 0 for epoch in epochs) >= 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("importance_weight", "changes"),
+    [
+        ("none", {}),
+        ("unbiased", {}),
+        ("self_normalized", {"num_groups": 4, "group_floor": 0.1}),
+        ("none", {"num_groups": 3, "group_floor": 0.15, "policy": EvolvedSampling(set_draw="systematic")}),
+        ("none", {"policy": EvolvedSampling(prune_ratio=0.5, annealing=0.1)}),
+    ],
+)
+def test_ten_epochs_without_scoring_are_those_of_a_plain_loop(
+    importance_weight: ImportanceWeight, changes: dict[str, Any], world_size: int
+) -> None:
+    """With losses that are never reported, so that samples get their first one late, and samples that are added."""
+    settings = {"policy": EvolvedSampling(), "meta_batch_size": None, "mini_batch_size": 12, **changes}
+    spec = spec_of(importance_weight=importance_weight, **settings)
+    epochs = list(follow(spec, world_size, lost_rows=0.3, grows_to={3: 140, 6: 200}))
+    assert len(epochs) == NUM_EPOCHS
+    assert min(np.sum([epoch.counts for epoch in epochs], axis=0)) > 0
+    assert all(len(chosen) == 12 / world_size for epoch in epochs for chosen in epoch.chosen)
+    first_visits = [np.count_nonzero(epoch.scores.num_visits == 1) for epoch in epochs]
+    assert min(first_visits) > 0, "there are first losses in every epoch"
 
 
 # Statistics of the random draws that a policy makes itself; those of draw() are in test_draws.py.
@@ -453,7 +503,6 @@ def largest(epoch: int, ids: NDArray[np.integer]) -> NDArray[np.float32]:
 
 WITHOUT_PRUNING: list[Policy] = [
     *[EvolvedSampling(batch_draw=b) for b in BATCH_DRAWS],
-    RandomSubset(),
     Uniform(),
     InfoBatch(),
     InfoBatch(ratio=0),
@@ -464,13 +513,21 @@ WITHOUT_PRUNING: list[Policy] = [
 ]
 WITH_PRUNING: list[Policy] = [
     *[EvolvedSampling(prune_ratio=0.3, set_draw=s) for s in SET_DRAWS],
+    RandomSubset(),
     RandomSubset(prune_ratio=0.3),
     UCB(),
 ]
+
+
+def comes_back(policy: Policy) -> bool:
+    """Whether what an epoch leaves out may come back although no step scores it."""
+    return isinstance(policy, UCB) or policy.set_draw != "top_k"
+
+
 EDGES: list[tuple[str, Policy, dict[str, Any]]] = [
     *[("usual sizes", policy, {}) for policy in WITHOUT_PRUNING + WITH_PRUNING],
-    *[("n = B", policy, {"num_samples": 8}) for policy in WITHOUT_PRUNING],
-    *[("b = B", policy, {"mini_batch_size": 8}) for policy in WITH_PRUNING],
+    *[("n = B", policy, {"num_samples": 8}) for policy in [*WITHOUT_PRUNING, RandomSubset()]],
+    *[("b = B", policy, {"mini_batch_size": 8}) for policy in [EvolvedSampling(), *WITH_PRUNING] if comes_back(policy)],
     *[("b = B", policy, {"mini_batch_size": 8}) for policy in WITHOUT_PRUNING if isinstance(policy, Uniform)],
     *[("b = B", policy, {"mini_batch_size": 8}) for policy in WITHOUT_PRUNING if policy.is_adaptive],
 ]
@@ -538,7 +595,7 @@ def test_an_epoch_that_would_keep_less_than_a_meta_batch_leaves_nothing_out(poli
     losses = np.append(np.zeros(num_samples - 1), 1e6)
     columns = {name: np.ones(num_samples) for name in policy.reported_columns}
     scores = visited(policy, losses, **columns)
-    spec = spec_of(policy, num_samples=num_samples, meta_batch_size=16)
+    spec = spec_of(policy, num_samples=num_samples, meta_batch_size=16, mini_batch_size=16)
     kept, plan = keep_samples(spec, 1, scores), plan_epoch(spec, 1, scores)
     assert kept.sample_ids.tolist() == list(range(num_samples))
     assert kept.hidden_ids.tolist() == []
@@ -549,8 +606,8 @@ def test_an_epoch_that_would_keep_less_than_a_meta_batch_leaves_nothing_out(poli
 
 def test_fewer_hidden_samples_than_fill_a_step_are_not_hidden() -> None:
     scores = visited(Kakurenbo(), range(60), correct=[1] * 60, confidence=[1] * 60)
-    for meta_batch_size, num_hidden in [(18, 18), (19, 0)]:
-        spec = spec_of(Kakurenbo(), num_samples=60, meta_batch_size=meta_batch_size)
+    for size, num_hidden in [(18, 18), (19, 0)]:
+        spec = spec_of(Kakurenbo(), num_samples=60, meta_batch_size=size, mini_batch_size=size)
         assert keep_samples(spec, 1, scores).hidden_ids.tolist() == list(range(num_hidden))
 
 
@@ -621,7 +678,7 @@ class EveryOther(Policy):
 
 
 def test_a_policy_of_ones_own_may_weigh_and_hide_and_hidden_rows_weigh_nothing() -> None:
-    spec = spec_of(EveryOther(), num_samples=40)
+    spec = spec_of(EveryOther(), num_samples=40, mini_batch_size=8)
     (ids, prior_scores, weights), shape = plan_epoch(spec, 3, initial_scores(40))
     assert (shape.num_training_steps, shape.num_hidden_steps) == (2, 2)
     assert weights is not None
@@ -739,9 +796,12 @@ def test_importance_weights_are_not_refused_for_a_draw_that_never_happens() -> N
 @pytest.mark.parametrize(
     ("policy", "changes", "field"),
     [
-        (OrderedSGD(), {"mini_batch_size": 8}, "mini_batch_size"),
-        (SelectiveBackprop(), {"mini_batch_size": 8}, "mini_batch_size"),
-        (UCB(prune_ratio=0), {}, "mini_batch_size"),
+        (OrderedSGD(), {"mini_batch_size": 8}, "policy"),
+        (SelectiveBackprop(), {"mini_batch_size": 8}, "policy"),
+        (EvolvedSampling(prune_ratio=0), {"mini_batch_size": 8}, "policy"),
+        (UCB(prune_ratio=0), {}, "policy"),
+        (RandomSubset(prune_ratio=0.2), {"num_samples": 4}, "num_samples"),
+        (EvolvedSampling(), {"num_samples": 8, "mini_batch_size": 8}, "num_samples"),
         (UCB(), {"num_epochs": 1}, "num_epochs"),
         (SelectiveBackprop(), {"num_epochs": 1}, "num_epochs"),
         (InfoBatch(), {"num_epochs": 1}, "num_epochs"),
@@ -757,11 +817,13 @@ def test_a_spec_of_which_no_step_would_ever_select_is_refused(
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("policy", [UCB(), EvolvedSampling(prune_ratio=0.3), RandomSubset(prune_ratio=0.3)])
-def test_a_pruned_epoch_of_less_than_a_meta_batch_is_refused(policy: Policy) -> None:
-    with pytest.raises(InvalidValue, match="at least one meta-batch of 8 samples") as caught:
-        spec_of(policy, num_samples=8)
-    assert caught.value.field == "prune_ratio"
+def test_where_nothing_is_scored_taking_the_largest_weights_needs_a_bound_on_how_long_a_sample_is_skipped() -> None:
+    policy = EvolvedSampling(set_draw="top_k")
+    with pytest.raises(InvalidValue, match="would never come back") as caught:
+        spec_of(policy, mini_batch_size=8)
+    assert caught.value.field == "set_draw"
+    assert spec_of(policy, mini_batch_size=8, max_skipped_epochs=20).policy.set_draw == "top_k"
+    assert spec_of(policy, mini_batch_size=4).selects
 
 
 @pytest.mark.parametrize(

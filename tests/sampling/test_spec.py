@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 
-from evosample.sampling import EvolvedSampling, ExperimentSpec, InvalidValue, Policy, RandomSubset, Uniform
+from evosample.sampling import (
+    UCB,
+    EvolvedSampling,
+    ExperimentSpec,
+    InfoBatch,
+    InvalidValue,
+    Kakurenbo,
+    Policy,
+    RandomSubset,
+    Uniform,
+)
 
 GOOD: dict[str, Any] = {"num_samples": 1000, "num_epochs": 10, "meta_batch_size": 100, "mini_batch_size": 20}
 
@@ -25,15 +35,62 @@ def test_a_run_trains_on_everything_at_either_end() -> None:
 
     for num_epochs, expected in [(3, [0, 2]), (10, [0, 9]), (30, [0, 1, 2, 27, 28, 29])]:
         assert annealing(num_epochs, 0.1) == expected
-    assert annealing(5, 0) == [0]
+    assert annealing(5, 0) == []
     assert annealing(5, 0, warm_start=True) == []
     assert annealing(30, 0.1, warm_start=True) == [27, 28, 29]
 
 
-def test_beta2_follows_from_pruning_unless_given() -> None:
-    assert EvolvedSampling().beta2 == 0.9
-    assert EvolvedSampling(prune_ratio=0.2).beta2 == 0.8
-    assert EvolvedSampling(prune_ratio=0.2, beta2=0).beta2 == 0
+@pytest.mark.parametrize(
+    ("policy", "sizes", "expected"),
+    [
+        (EvolvedSampling(), {"mini_batch_size": 20}, (0.9, 0.75, 0.0)),
+        (EvolvedSampling(prune_ratio=0.2), {"meta_batch_size": 20}, (0.9, 0.2, 0.0)),
+        (EvolvedSampling(), {"meta_batch_size": 80, "mini_batch_size": 20}, (0.9, 0.0, 0.05)),
+        (EvolvedSampling(prune_ratio=0.2), {"meta_batch_size": 80, "mini_batch_size": 20}, (0.8, 0.2, 0.05)),
+        (
+            EvolvedSampling(beta2=0.5, prune_ratio=0.1, annealing=0.2),
+            {"meta_batch_size": 80, "mini_batch_size": 20},
+            (0.5, 0.1, 0.2),
+        ),
+        (EvolvedSampling(beta2=0.5, prune_ratio=0.1, annealing=0.2), {"mini_batch_size": 20}, (0.5, 0.1, 0.2)),
+    ],
+)
+def test_what_is_not_given_follows_from_whether_steps_score(
+    policy: EvolvedSampling, sizes: dict[str, Any], expected: tuple[float, float, float]
+) -> None:
+    filled_in = ExperimentSpec(num_samples=1000, num_epochs=10, policy=policy, **sizes).policy
+    assert isinstance(filled_in, EvolvedSampling)
+    assert (filled_in.beta2, filled_in.prune_ratio, filled_in.annealing) == expected
+
+
+def test_who_gives_a_batch_size_alone_gets_a_quarter_of_the_dataset_an_epoch_and_no_scoring_pass() -> None:
+    spec = ExperimentSpec(num_samples=1000, num_epochs=8, mini_batch_size=20)
+    assert spec == ExperimentSpec(num_samples=1000, num_epochs=8, meta_batch_size=20)
+    assert not spec.selects
+    shapes = [spec.shape(epoch) for epoch in range(8)]
+    assert {(shape.num_steps, shape.num_trained, shape.num_rows) for shape in shapes} == {(12, 240, 240)}
+
+
+@pytest.mark.parametrize("policy", [EvolvedSampling(), RandomSubset(), UCB(prune_ratio=0.9)])
+def test_an_epoch_keeps_a_step_at_least(policy: Policy) -> None:
+    spec = ExperimentSpec(num_samples=30, num_epochs=4, mini_batch_size=20, policy=policy)
+    assert (spec.num_places, spec.shape(1).num_steps) == (20, 1)
+
+
+def test_what_a_run_comes_to_is_said_in_words() -> None:
+    sizes: dict[str, Any] = {"num_samples": 60_000, "mini_batch_size": 64}
+    assert ExperimentSpec(**sizes, num_epochs=10).extent() == (
+        "10 epochs, 2,340 steps of 64 samples: as much training as 2.5 ordinary epochs"
+    )
+    assert ExperimentSpec(**sizes, num_epochs=10, policy=InfoBatch()).extent() == (
+        "10 epochs, at most 9,370 steps of 64 samples: as much training as at most 9.99 ordinary epochs"
+    )
+    scored = ExperimentSpec(**sizes, num_epochs=3, meta_batch_size=256)
+    assert scored.extent() == (
+        "3 epochs, 702 steps, load 179,712 samples and train on 134,784 of them, which saves about 14% of the compute "
+        "of training on all"
+    )
+    assert scored.compute_saving == pytest.approx((1 - 7 / 12) / 3)
 
 
 def test_steps_add_up() -> None:
@@ -58,9 +115,11 @@ def test_the_kept_share_is_not_a_victim_of_floating_point() -> None:
         assert spec.num_places == spec.shape(1).num_steps == n * 3 // 10
 
 
-def test_uniform_takes_the_sizes_of_the_policy_it_is_compared_with() -> None:
-    shape = ExperimentSpec(**GOOD, policy=Uniform()).shape(5)
-    assert (shape.step_rows, shape.trained_rows, shape.selects) == (100, 100, False)
+@pytest.mark.parametrize("policy", [Uniform(), RandomSubset(), InfoBatch(), Kakurenbo(), UCB()])
+def test_where_no_mini_batches_are_drawn_a_step_has_the_rows_of_one(policy: Policy) -> None:
+    spec = ExperimentSpec(**GOOD, policy=policy)
+    assert (spec.meta_batch_size, spec.mini_batch_size) == (20, 20)
+    assert (spec.shape(5).step_rows, spec.shape(5).trained_rows, spec.shape(5).selects) == (20, 20, False)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +138,10 @@ def test_uniform_takes_the_sizes_of_the_policy_it_is_compared_with() -> None:
         ({"seed": 2**64}, "seed", "from 0 to"),
         ({"policy": "es"}, "policy", "EvolvedSampling"),
         ({"importance_weight": "both"}, "importance_weight", "none, unbiased, self_normalized"),
-        ({"policy": EvolvedSampling(prune_ratio=0.95)}, "prune_ratio", "at least one meta-batch of 100"),
-        ({"mini_batch_size": 100}, "mini_batch_size", "nothing would ever be selected"),
-        ({"mini_batch_size": 100, "policy": RandomSubset()}, "mini_batch_size", "nothing would ever be selected"),
+        ({"meta_batch_size": None, "mini_batch_size": None}, "mini_batch_size", "your batch size"),
+        ({"meta_batch_size": None, "mini_batch_size": 1001}, "mini_batch_size", "at most num_samples, 1,000"),
+        ({"mini_batch_size": 1000, "meta_batch_size": 1000}, "num_samples", "nothing would ever be selected"),
+        ({"policy": RandomSubset(prune_ratio=0)}, "policy", "nothing would ever be selected"),
         ({"num_epochs": 2}, "num_epochs", "nothing would ever be selected"),
         ({"policy": EvolvedSampling(annealing=0.5)}, "num_epochs", "nothing would ever be selected"),
         ({"shard_sizes": 1000}, "shard_sizes", "the number of samples of each shard"),

@@ -114,7 +114,6 @@ def refused(call: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[st
         ({"meta_batch_size": N + 1}, "meta_batch_size"),
         ({"mini_batch_size": 0}, "mini_batch_size"),
         ({"mini_batch_size": B + 1}, "mini_batch_size"),
-        ({"evolved_sampling__prune_ratio": 0.9}, "prune_ratio"),
         ({"evolved_sampling__prune_ratio": 1.0}, "prune_ratio"),
         ({"evolved_sampling__prune_ratio": float("nan")}, "prune_ratio"),
         ({"evolved_sampling__beta1": -0.1}, "beta1"),
@@ -122,7 +121,8 @@ def refused(call: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[st
         ({"evolved_sampling__annealing": 2.0}, "annealing"),
         ({"evolved_sampling__annealing": 0.6}, "num_epochs"),
         ({"importance_weight": 17}, "importance_weight"),
-        ({"mini_batch_size": B, "evolved_sampling__prune_ratio": 0.0}, "mini_batch_size"),
+        ({"mini_batch_size": B, "evolved_sampling__prune_ratio": 0.0}, "policy"),
+        ({"mini_batch_size": B, "evolved_sampling__set_draw": pb.DRAW_METHOD_TOP_K}, "set_draw"),
     ],
 )
 def test_a_bad_spec_is_refused_with_its_field_and_creates_nothing(

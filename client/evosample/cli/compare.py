@@ -41,7 +41,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each method, with the seeds 0, 1, ...", min=1)] = 3,
     baseline_prune_ratio: Annotated[
         float, typer.Option(help="Share of the dataset that an epoch of RandomSubset leaves out.", min=0, max=1)
-    ] = 0.0,
+    ] = RandomSubset().prune_ratio,
     lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The metric is a loss.")] = False,
     clock: Annotated[
         Literal["wall", "cpu"],

@@ -146,11 +146,14 @@ def create(
     name: Name,
     samples: Annotated[int, typer.Option(help="Samples of the dataset.")],
     epochs: Annotated[int, typer.Option(help="Epochs of the whole run.")],
-    meta_batch_size: Annotated[int, typer.Option(help="Samples that a step loads, over all ranks.")],
     mini_batch_size: Annotated[
-        int | None, typer.Option(help="Samples of them that are back-propagated. Default: all.")
+        int | None, typer.Option(help="Samples that a step trains on, over all ranks: your batch size.")
     ] = None,
-    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "evolved-sampling",
+    meta_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples that a step scores, to draw the mini-batch from them. Default: no step scores."),
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help=f"{POLICY_HELP} Default: evolved-sampling.")] = None,
     importance_weight: Annotated[ImportanceWeight, typer.Option(help="What multiplies the losses.")] = "none",
     seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
     project: Project = None,
@@ -161,9 +164,9 @@ def create(
         name,
         num_samples=samples,
         num_epochs=epochs,
-        meta_batch_size=meta_batch_size,
         mini_batch_size=mini_batch_size,
-        policy=policy_of(policy),
+        meta_batch_size=meta_batch_size,
+        policy=None if policy is None else policy_of(policy),
         importance_weight=importance_weight,
         seed=seed,
         project=project,

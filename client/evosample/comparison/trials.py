@@ -44,6 +44,7 @@ Train = Callable[["Trial"], float | Mapping[str, float]]
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "Uniform": Uniform(),
+        "ES without scoring": {"policy": EvolvedSampling(), "meta_batch_size": None},
         "ES": EvolvedSampling(),
         "ESWP": EvolvedSampling(prune_ratio=0.2),
         "InfoBatch": InfoBatch(),
@@ -52,7 +53,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "SelectiveBackprop": SelectiveBackprop(),
     }
 )
-"""What is compared by default: the methods that need nothing but losses."""
+"""What is compared by default: the methods that need nothing but losses. Some need a meta-batch to select from."""
 
 BASELINE = "RandomSubset"
 RESULTS_FILE = "comparison.json"
@@ -110,12 +111,17 @@ class Trial:
         self._settings = settings
 
     def create_experiment(
-        self, *, num_samples: int, meta_batch_size: int, mini_batch_size: int | None = None, **settings: Any
+        self,
+        *,
+        num_samples: int,
+        mini_batch_size: int | None = None,
+        meta_batch_size: int | None = None,
+        **settings: Any,
     ) -> Experiment:
         """Create the trial's experiment, to be trained on once, through all its epochs.
 
         Args:
-            num_samples, meta_batch_size, mini_batch_size, **settings: as `Client.create_experiment` takes them; what
+            num_samples, mini_batch_size, meta_batch_size, **settings: as `Client.create_experiment` takes them; what
                 the method sets itself goes first. Name, policy, epochs and seed are the trial's.
         """
         if self.experiment is not None:
@@ -123,7 +129,7 @@ class Trial:
         own = {"name", "num_epochs", "policy", "seed"} & settings.keys()
         if own:
             raise UsageError(f"{', '.join(sorted(own))}: up to the trial; leave it out, and take it from there")
-        sizes = {"num_samples": num_samples, "meta_batch_size": meta_batch_size, "mini_batch_size": mini_batch_size}
+        sizes = {"num_samples": num_samples, "mini_batch_size": mini_batch_size, "meta_batch_size": meta_batch_size}
         self.experiment = self._client.create_experiment(
             f"compare-{secrets.token_hex(8)}",
             num_epochs=self.num_epochs,
@@ -170,8 +176,7 @@ def compare(
         num_epochs: of each method's run.
         output: a folder, made if need be.
         seeds: differences are taken seed by seed; three at least tell anything about chance.
-        baseline: what RandomSubset is here. The default needs a mini-batch smaller than the meta-batch; where it is
-            not, take RandomSubset(prune_ratio=...).
+        baseline: what RandomSubset is here. By default an epoch of it is a quarter of the dataset.
         higher_is_better: whether the first metric is an accuracy (True) or a loss (False).
         clock: "wall", or "cpu": processor time, which other work on the machine disturbs less. Training on a GPU does
             not show in that.

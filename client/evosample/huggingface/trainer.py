@@ -27,10 +27,10 @@ _DEFAULT_NUM_EPOCHS: float = transformers.TrainingArguments.num_train_epochs
 class Trainer(transformers.Trainer):
     """A `transformers.Trainer` that trains on what an experiment selects, for as many epochs as that has.
 
-    A step of the trainer is one of the experiment: it loads the meta-batch, scores it, and back-propagates the chosen
-    rows in micro-batches of `args.per_device_train_batch_size`, whose gradients add up. Evaluation, prediction,
-    callbacks, logs and checkpoints are those of the plain trainer. The loss logged is the mean over the chosen rows,
-    and they alone are counted as `num_input_tokens_seen`.
+    A step of the trainer is one of the experiment: it back-propagates the mini-batch in micro-batches of
+    `args.per_device_train_batch_size`, whose gradients add up; where steps score, it loads and scores the meta-batch
+    first. Evaluation, prediction, callbacks, logs and checkpoints are those of the plain trainer. The loss logged is
+    the mean over the chosen rows, and they alone are counted as `num_input_tokens_seen`.
 
     `args.max_steps`, `num_train_epochs` and `gradient_accumulation_steps` follow from the experiment and are filled in,
     in a copy: schedules go by `experiment.total_steps`, and epochs may have different numbers of steps. A checkpoint
@@ -43,8 +43,8 @@ class Trainer(transformers.Trainer):
         model, args: as of the plain trainer.
         experiment: made by a client; has as many samples as `train_dataset`, which must be map-style.
         per_sample_losses: takes the model as it is trained (wrapped, in training mode) and inputs on its device, and
-            returns their losses, [m], one a sample, with their graph. Used for scoring, without gradients, and for
-            training, where the plain trainer uses `compute_loss`: that is left to evaluation. Default: the losses that
+            returns their losses, [m], one a sample, with their graph. Used for training (and, without gradients, for
+            scoring), where the plain trainer uses `compute_loss`: that is left to evaluation. Default: the losses that
             the model's own loss is the mean of, see `evosample.huggingface.losses.ModelLosses`.
         loader_options: what `evosample.torch.Loader` takes besides, such as {"predict_saving": True}.
         **options: what the plain trainer takes besides.
@@ -156,11 +156,11 @@ class Trainer(transformers.Trainer):
     def set_initial_training_values(
         self, args: transformers.TrainingArguments, dataloader: Any
     ) -> tuple[int, int, int, int, int, int | None, int]:
-        """What the training loop needs to know; the numbers of an epoch hold for annealing epochs."""
+        """What the training loop needs to know; the numbers of an epoch hold for the longest ones."""
         self.loader = dataloader
         spec = self.experiment.spec
         shapes = [spec.shape(epoch) for epoch in range(spec.num_epochs)]
-        num_steps = spec.num_samples // spec.meta_batch_size
+        num_steps = max(shape.num_steps for shape in shapes)
         num_trained = sum(shape.num_steps * shape.trained_rows for shape in shapes)
         steps_in_epoch = num_steps * args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(args)

@@ -49,7 +49,8 @@ def recorded_losses(losses: NDArray[np.float32]) -> tuple[NDArray[np.float32], i
     Raises:
         InvalidValue: a finite loss is negative.
     """
-    if losses.view(np.uint32).max(initial=0) < _INFINITY_BITS:  # as a rule: one look finds neither a sign nor a NaN
+    # As a rule one look finds neither a sign nor a NaN.
+    if not losses.size or np.maximum.reduce(losses.view(np.uint32), axis=None) < _INFINITY_BITS:
         return losses, 0
     check_losses(losses)
     finite = np.isfinite(losses)

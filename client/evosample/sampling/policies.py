@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, cast, get_args
 
@@ -16,13 +16,16 @@ from evosample.sampling.draws import DrawMethod, draw
 from evosample.sampling.philox import uniforms
 from evosample.sampling.scores import updated_sampling_weights, updated_scores
 
-BatchLevel = Literal["all", "random", "scored"]
+BatchLevel = Literal["all", "scored"]
 
 Columns = Mapping[str, NDArray[np.float32]]
 """Named float32 columns of some samples, each [m]: "scores", "sampling_weights", and a policy's own."""
 
 _MOST = np.finfo(np.float32).max
 _NO_ROWS = np.empty(0, np.int64)
+
+DEFAULT_PRUNE_RATIO = 0.75
+"""Of EvolvedSampling without a scoring pass and of RandomSubset: an epoch draws a quarter of the dataset."""
 
 
 class Kept:
@@ -66,10 +69,11 @@ class Policy:
     columns: ClassVar[Mapping[str, float]] = {}
     # What clients report beside the loss: float32 columns, one value a row.
     reported_columns: ClassVar[tuple[str, ...]] = ()
-    # What a step trains on: "all" rows of its meta-batch; "random": a mini-batch drawn when the epoch is planned, and
-    # the rest of the meta-batch is not even loaded; "scored": one drawn from the losses of a scoring pass.
+    # What a step trains on: "all" of its rows; "scored": where the meta-batch is larger than the mini-batch, rows that
+    # are drawn from the losses of a scoring pass.
     batch_level: ClassVar[BatchLevel] = "all"
-    # Whether samples without a loss are kept before all others: where weights decide, their starting ones never would.
+    # Whether samples without a loss are kept before all others. (Otherwise their sampling weight is the mean of the
+    # others': see `starting_scores`.)
     keeps_unvisited: ClassVar[bool] = False
     # Whether `keep` may keep other numbers of samples than (1 - prune_ratio) * n, so that steps are known epoch by
     # epoch.
@@ -91,6 +95,14 @@ class Policy:
     beta2: float = 0.9
     # Share of the dataset that an epoch leaves out.
     prune_ratio: float = 0.0
+
+    def with_defaults(self, *, selects: bool) -> Policy:
+        """The same policy with the settings filled in whose defaults depend on whether steps select.
+
+        Args:
+            selects: whether mini-batches are drawn from the losses of a scoring pass.
+        """
+        return self
 
     def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
         """How many epochs at the beginning of a run, and how many at its end, train on everything.
@@ -179,53 +191,69 @@ class _ByLatestLoss(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class EvolvedSampling(Policy):
-    """Evolved Sampling: ES, with `prune_ratio` > 0 ESWP, with beta1 = beta2 = 0 loss-based sampling.
+    """Evolved Sampling: samples are drawn in proportion to averages of their losses.
 
     w_i = beta1 * s_i + (1 - beta1) * l_i,  s_i = beta2 * s_i + (1 - beta2) * l_i. An epoch keeps (1 - prune_ratio) * n
-    samples and a step back-propagates b of its B, both drawn without replacement in proportion to w.
+    samples, drawn without replacement in proportion to w.
+
+    Where the mini-batch is the meta-batch (the default), that is all: a step trains on all its rows, and none scores.
+    Where it is smaller, a step scores the B samples of its meta-batch in a forward pass and back-propagates b of them,
+    drawn in proportion to w as well: ES as published, with `prune_ratio` > 0 ESWP, with beta1 = beta2 = 0 loss-based
+    sampling.
+
+    A sample without a loss has the mean weight of the others, so it is drawn at least as often as the average sample:
+    after E epochs a share of at most prune_ratio^E has never been visited (`starting_scores` derives it).
 
     Args:
         beta1: weight of the score in w, in [0, 1].
-        beta2: weight of the past in s, in [0, 1]. Default: 0.9, with pruning 0.8.
-        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1).
+        beta2: weight of the past in s, in [0, 1]. Default: 0.9; where steps score and epochs are pruned, 0.8.
+        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1); an epoch keeps one step at least.
+            Default: 0.75; where steps score, 0.
         annealing: share of the epochs, in [0, 1), that train on everything at either end of the run: the first
-            max(1, ceil(annealing * num_epochs)), but none where scores are imported, and the last
-            ceil(annealing * num_epochs).
+            ceil(annealing * num_epochs), but none where scores are imported, and as many at the end. Default: 0; where
+            steps score, 0.05.
         set_draw: how an epoch's samples are drawn: "successive", "systematic" or "top_k".
         batch_draw: how a mini-batch is drawn: one of these or "with_replacement".
 
     Raises:
         InvalidValue: a setting is out of range.
 
-    Source: arXiv 2509.23461, algorithm 1; the defaults are the paper's.
+    Source: arXiv 2509.23461, algorithm 1; the defaults where steps score are the paper's.
     """
 
     batch_level: ClassVar[BatchLevel] = "scored"
-    keeps_unvisited: ClassVar[bool] = True
 
     beta1: float = 0.2
-    beta2: float = cast(float, None)  # depends on prune_ratio
-    prune_ratio: float = 0.0
-    annealing: float = 0.05
+    # None until `with_defaults` fills them in: they depend on whether steps score.
+    beta2: float = cast(float, None)
+    prune_ratio: float = cast(float, None)
+    annealing: float = cast(float, None)
     set_draw: DrawMethod = "successive"
     batch_draw: DrawMethod = "successive"
 
     def __post_init__(self) -> None:
-        if self.beta2 is None:
-            object.__setattr__(self, "beta2", 0.8 if self.prune_ratio else 0.9)
         check_ratio("beta1", self.beta1, high_inclusive=True)
-        check_ratio("beta2", self.beta2, high_inclusive=True)
-        check_ratio("prune_ratio", self.prune_ratio, high_inclusive=False)
-        check_ratio("annealing", self.annealing, high_inclusive=False)
+        for name, high_inclusive in (("beta2", True), ("prune_ratio", False), ("annealing", False)):
+            if (value := getattr(self, name)) is not None:
+                check_ratio(name, value, high_inclusive=high_inclusive)
         methods = get_args(DrawMethod)
         if self.batch_draw not in methods:
             raise InvalidValue("batch_draw", self.batch_draw, f"one of {', '.join(methods)}")
         if self.set_draw not in methods or self.set_draw == "with_replacement":  # an epoch visits a sample at most once
             raise InvalidValue("set_draw", self.set_draw, "one of successive, systematic, top_k")
 
+    def with_defaults(self, *, selects: bool) -> EvolvedSampling:
+        prune_ratio = (0.0 if selects else DEFAULT_PRUNE_RATIO) if self.prune_ratio is None else self.prune_ratio
+        return replace(
+            self,
+            beta2=(0.8 if selects and prune_ratio else 0.9) if self.beta2 is None else self.beta2,
+            prune_ratio=prune_ratio,
+            annealing=(0.05 if selects else 0.0) if self.annealing is None else self.annealing,
+        )
+
     def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
         share = _num_epochs(self.annealing, num_epochs)
-        return 0 if warm_start else max(1, share), share
+        return 0 if warm_start else share, share
 
     def prune_weights(self, columns: Columns) -> NDArray[np.float32]:
         return columns["sampling_weights"]
@@ -233,7 +261,7 @@ class EvolvedSampling(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Policy):
-    """Train on everything: a shuffled pass over the dataset an epoch. `mini_batch_size` is not used."""
+    """Train on everything: a shuffled pass over the dataset an epoch."""
 
     def annealing_ends(self, num_epochs: int, *, warm_start: bool) -> tuple[int, int]:
         return num_epochs, 0
@@ -241,20 +269,16 @@ class Uniform(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSubset(Policy):
-    """The baseline that any selection has to beat: prune uniformly and train on a uniform b of every B samples.
-
-    Needs no scoring pass. The B - b others are not even loaded: a batch holds the b chosen samples.
+    """The baseline that any selection has to beat: EvolvedSampling without a scoring pass, with equal weights.
 
     Args:
-        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1).
+        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1); an epoch keeps one step at least.
 
     Raises:
         InvalidValue: `prune_ratio` is out of range.
     """
 
-    batch_level: ClassVar[BatchLevel] = "random"
-
-    prune_ratio: float = 0.0
+    prune_ratio: float = DEFAULT_PRUNE_RATIO
 
     def __post_init__(self) -> None:
         check_ratio("prune_ratio", self.prune_ratio, high_inclusive=False)
@@ -266,8 +290,8 @@ class InfoBatch(_ByLatestLoss):
 
     A sample is easy whose latest loss lies under the mean of the latest losses of all samples that have one. Each easy
     sample is left out with probability `ratio`, and has the importance weight 1 / (1 - ratio) if it is kept (with
-    importance_weight="unbiased" that is scaled to estimate the mean loss over the dataset). Steps train on all their
-    rows: `mini_batch_size` is not used. From the epoch ceil(delta * num_epochs) on nothing is left out.
+    importance_weight="unbiased" that is scaled to estimate the mean loss over the dataset). No step scores. From the
+    epoch ceil(delta * num_epochs) on nothing is left out.
 
     Args:
         ratio: probability r that an easy sample is left out, in [0, 1).
@@ -310,7 +334,7 @@ class Kakurenbo(_ByLatestLoss):
     predicted right, with a confidence of at least `min_confidence`. F_e is `max_ratio` times 1, 1, 0.8, 0.6, by steps
     at 30, 60 and 80 % of the epochs. The learning rate is to be multiplied by 1 / (1 - hidden share):
     `epoch.learning_rate_factor`. Clients report for each row "correct" (1 or 0) and "confidence", the probability that
-    the model gives to its prediction. Steps train on all their rows: `mini_batch_size` is not used.
+    the model gives to its prediction.
 
     Args:
         max_ratio: share F of the dataset that is hidden at most, in [0, 1).
@@ -387,10 +411,10 @@ class UCB(Policy):
 
     Both are exponential moving averages over a sample's losses:
     variance = (1 - alpha) * variance + alpha * (l - mean)^2, then mean = (1 - alpha) * mean + alpha * l.
-    Steps train on all their rows: `mini_batch_size` is not used.
+    No step scores.
 
     Args:
-        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1).
+        prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1); an epoch keeps one step at least.
         c: weight of the variance, >= 0.
         alpha: weight of the newest loss, in [0, 1].
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from evosample.sampling.checks import InvalidValue
 from evosample.sampling.policies import (
     UCB,
+    BatchLevel,
     Columns,
     EvolvedSampling,
     InfoBatch,
@@ -63,6 +64,7 @@ class MissingPolicy(Policy):
         columns, reported_columns: see Policy.
     """
 
+    batch_level: ClassVar[BatchLevel] = "scored"  # so that both batch sizes stay as they are
     is_adaptive: ClassVar[bool] = True
 
     name: str

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosample.sampling.checks import InvalidValue
+from evosample.sampling.philox import BLOCK_ROWS
 
 
 class Scores(NamedTuple):
@@ -64,10 +65,38 @@ def initial_scores(num_samples: int, columns: Mapping[str, float] = MappingProxy
     )
 
 
-def extended_scores(scores: Scores, num_samples: int, columns: Mapping[str, float]) -> Scores:
-    """Scores with samples added at the end, as they start: the first of all are `scores`."""
-    if num_samples == len(scores.scores):
+def starting_scores(scores: Scores, num_samples: int, columns: Mapping[str, float]) -> Scores:
+    """The scores that an epoch starts from: of all its samples, with a sampling weight for those that have no loss yet.
+
+    Samples that are added come at the end, as `initial_scores` has them. Samples without a loss get m, the mean
+    sampling weight of those with one; before any has one all weights are equal.
+
+    How many samples stay unvisited is therefore bounded. Drawn in proportion to w, a sample is kept with probability
+    pi(w) = 1 - exp(-w * tau), where tau is the same for all but for terms that vanish as n grows (see `race`). pi is
+    concave, so the mean of pi over the visited samples is at most pi(m) (Jensen's inequality), which is what each
+    unvisited sample has: at least the mean over all samples, 1 - r. After E epochs at most n * r^E samples are expected
+    to be unvisited. A sample that is added later is expected to wait no longer. (Of what is kept, the rows that fill no
+    step are dropped: r is the share that is left out with these.) The guarantee for every sample is
+    `max_skipped_epochs`.
+
+    Args:
+        scores: of the first samples; their sampling weights are changed.
+        columns: a policy's own, with the values they start at.
+    """
+    if num_samples > len(scores.scores):
+        scores = _extended(scores, num_samples, columns)
+    num_visited = int(np.count_nonzero(scores.num_visits))
+    if not 0 < num_visited < num_samples:
         return scores
+    blocks = [slice(first, first + BLOCK_ROWS) for first in range(0, num_samples, BLOCK_ROWS)]
+    weights, is_visited = scores.sampling_weights, scores.num_visits > 0
+    total = sum(float(weights[block][is_visited[block]].sum(dtype=np.float64)) for block in blocks)
+    for block in blocks:
+        np.putmask(weights[block], ~is_visited[block], np.float32(total / num_visited))
+    return scores
+
+
+def _extended(scores: Scores, num_samples: int, columns: Mapping[str, float]) -> Scores:
     added = initial_scores(num_samples, columns)
     for name, values in scores.columns.items():
         added.columns[name][: len(values)] = values

@@ -87,10 +87,12 @@ class ExperimentSpec:
 
     Args:
         num_samples: n, samples of the dataset; sample ids are 0..n-1.
-        num_epochs: epochs of the whole run.
-        meta_batch_size: B, rows that a step loads, over all ranks.
-        mini_batch_size: b, rows of them that are back-propagated, over all ranks. Default: all of them.
-        policy: the selection method. Default: ES.
+        num_epochs: epochs of the whole run. An epoch visits what the policy keeps: with the default policy a quarter of
+            the dataset.
+        mini_batch_size: b, rows that a step back-propagates, over all ranks: your batch size.
+        meta_batch_size: B, rows that a step loads and scores, over all ranks, to draw the mini-batch from them.
+            Default: b, so that no step scores; so with a policy that draws no mini-batches. Given alone it is b, too.
+        policy: the selection method. Default: ES without a scoring pass; with B > b, ES as published.
         importance_weight: "none" (all ones), "unbiased" (mean(importance_weight * loss) over a mini-batch estimates
             the mean loss over the dataset) or "self_normalized" (the same, scaled to a mean of 1 in a mini-batch).
         seed: 0 <= seed < 2**64.
@@ -114,8 +116,8 @@ class ExperimentSpec:
 
     num_samples: int
     num_epochs: int
-    meta_batch_size: int
     mini_batch_size: int = cast(int, None)
+    meta_batch_size: int = cast(int, None)
     policy: Policy = EvolvedSampling()
     importance_weight: ImportanceWeight = "none"
     seed: int = 0
@@ -132,13 +134,8 @@ class ExperimentSpec:
         check = self._check_int
         check("num_samples", 1, MAX_SAMPLES)
         check("num_epochs", 1, MAX_EPOCHS)
-        check("meta_batch_size", 1, MAX_META_BATCH_SIZE)
-        if self.mini_batch_size is None:
-            object.__setattr__(self, "mini_batch_size", self.meta_batch_size)
-        check("mini_batch_size", 1, MAX_META_BATCH_SIZE)
+        self._check_batch_sizes()
         check("seed", 0, 2**64 - 1)
-        if not isinstance(self.policy, Policy):
-            raise InvalidValue("policy", self.policy, "a policy, such as evosample.EvolvedSampling(prune_ratio=0.2)")
         if not isinstance(self.warm_start, bool):
             raise InvalidValue("warm_start", self.warm_start, "True or False")
         check("max_skipped_epochs", 0, 254)
@@ -149,23 +146,30 @@ class ExperimentSpec:
             raise InvalidValue(
                 "importance_weight", self.importance_weight, f"one of {', '.join(get_args(ImportanceWeight))}"
             )
-        if self.mini_batch_size > self.meta_batch_size:
-            raise InvalidValue(
-                "mini_batch_size", self.mini_batch_size, f"at most meta_batch_size, {self.meta_batch_size:,}"
-            )
-        if self.meta_batch_size > self.num_samples:
-            raise InvalidValue("meta_batch_size", self.meta_batch_size, f"at most num_samples, {self.num_samples:,}")
-        if self.num_places < self.meta_batch_size:
-            raise InvalidValue(
-                "prune_ratio",
-                self.policy.prune_ratio,
-                f"a ratio that keeps at least one meta-batch of {self.meta_batch_size:,} samples an epoch; "
-                f"this one keeps {self.num_places:,} of {self.num_samples:,}",
-            )
         self._check_importance_weight()
         self._check_shards()
         self._check_groups()
         self._check_selects()
+
+    def _check_batch_sizes(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise InvalidValue("policy", self.policy, "a policy, such as evosample.EvolvedSampling(prune_ratio=0.2)")
+        if self.mini_batch_size is None and self.meta_batch_size is None:
+            raise InvalidValue("mini_batch_size", None, "your batch size: how many samples a step trains on")
+        for name, other in (("mini_batch_size", "meta_batch_size"), ("meta_batch_size", "mini_batch_size")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self, other))
+            self._check_int(name, 1, MAX_META_BATCH_SIZE)
+        if self.mini_batch_size > self.meta_batch_size:
+            raise InvalidValue(
+                "mini_batch_size", self.mini_batch_size, f"at most meta_batch_size, {self.meta_batch_size:,}"
+            )
+        if self.policy.batch_level != "scored":
+            object.__setattr__(self, "meta_batch_size", self.mini_batch_size)
+        if self.meta_batch_size > self.num_samples:
+            name = "meta_batch_size" if self.selects else "mini_batch_size"
+            raise InvalidValue(name, self.meta_batch_size, f"at most num_samples, {self.num_samples:,}")
+        object.__setattr__(self, "policy", self.policy.with_defaults(selects=self.selects))
 
     def _check_int(self, name: str, low: int, high: int) -> None:
         object.__setattr__(self, name, check_int(name, getattr(self, name), low, high))
@@ -243,28 +247,49 @@ class ExperimentSpec:
         policy = self.policy
         if isinstance(policy, Uniform):
             return
-        selects = policy.batch_level != "all" and self.mini_batch_size < self.meta_batch_size
-        if not (selects or policy.prune_ratio or policy.is_adaptive):
+        if not (self.selects or policy.prune_ratio or policy.is_adaptive):
             raise InvalidValue(
-                "mini_batch_size",
-                self.mini_batch_size,
-                f"less than meta_batch_size, {self.meta_batch_size:,} (a quarter is usual), with a policy that selects "
-                f"mini-batches, or one with prune_ratio > 0: with {policy} nothing would ever be selected. To train on "
-                "everything use Uniform()",
+                "policy",
+                policy,
+                "a policy with prune_ratio > 0, or one that draws mini-batches and a meta_batch_size above "
+                f"mini_batch_size, {self.mini_batch_size:,} (four times as much is usual): like this nothing would "
+                "ever be selected. To train on everything use Uniform()",
             )
+        if not self.selects and not policy.is_adaptive and self.num_places == self.num_samples:
+            raise InvalidValue(
+                "num_samples",
+                self.num_samples,
+                f"more than one step of {self.meta_batch_size:,}: an epoch would always be the whole dataset, and "
+                "nothing would ever be selected. Take a smaller batch size; to train on everything use Uniform()",
+            )
+        if isinstance(policy, EvolvedSampling) and not self.selects:
+            self._check_comes_back(policy)
         if self.num_annealing_epochs == self.num_epochs:
             raise InvalidValue(
                 "num_epochs",
                 self.num_epochs,
-                "enough epochs that one is not annealing (without a warm start the first is, and by default the last): "
-                "otherwise nothing would ever be selected. To train on everything use Uniform()",
+                f"enough epochs that one is not annealing: with {policy} all are, so nothing would ever be selected. "
+                "To train on everything use Uniform()",
+            )
+
+    def _check_comes_back(self, policy: EvolvedSampling) -> None:
+        if policy.set_draw == "top_k" and not self.max_skipped_epochs:
+            raise InvalidValue(
+                "set_draw",
+                policy.set_draw,
+                "successive or systematic, or max_skipped_epochs=... as well (20, say): no step scores what an epoch "
+                "leaves out, so samples whose weight falls below the highest would never come back",
             )
 
     @property
     def num_places(self) -> int:
-        """How many samples an epoch that is not annealing keeps, (1 - r) * n; an adaptive policy may keep fewer."""
+        """How many samples an epoch that is not annealing keeps; an adaptive policy may keep fewer.
+
+        (1 - r) * n; where that would fill no step, one step.
+        """
         # floor(r * n), but 0.7 * 10 is a little over or under 7 in floating point
-        return self.num_samples - math.floor(self.policy.prune_ratio * self.num_samples + 1e-9)
+        num_kept = self.num_samples - math.floor(self.policy.prune_ratio * self.num_samples + 1e-9)
+        return max(num_kept, self.meta_batch_size)
 
     @property
     def num_annealing_epochs(self) -> int:
@@ -290,14 +315,14 @@ class ExperimentSpec:
         return self._shape(num_kept, num_hidden, is_annealing=self.is_annealing(epoch))
 
     def _shape(self, num_kept: int | None = None, num_hidden: int = 0, *, is_annealing: bool) -> EpochShape:
-        meta_batch_size, level = self.meta_batch_size, "all" if is_annealing else self.policy.batch_level
+        meta_batch_size = self.meta_batch_size
         if num_kept is None:
             num_kept = self.num_samples if is_annealing else self.num_places
         num_hidden_steps = num_hidden // meta_batch_size
         return EpochShape(
             num_steps=num_kept // meta_batch_size + num_hidden_steps,
-            step_rows=self.mini_batch_size if level == "random" else meta_batch_size,
-            trained_rows=meta_batch_size if level == "all" else self.mini_batch_size,
+            step_rows=meta_batch_size,
+            trained_rows=meta_batch_size if is_annealing else self.mini_batch_size,
             selecting_interval=self.policy.selecting_interval,
             num_hidden_steps=num_hidden_steps,
             is_annealing=is_annealing,
@@ -327,6 +352,33 @@ class ExperimentSpec:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.num_steps_before(self.num_epochs)
+
+    @property
+    def compute_saving(self) -> float:
+        """Share of the compute of ordinary training that selection saves, at as many rows visited; 0: it saves none.
+
+        A backward pass is taken to cost two forward passes. A step that selects then costs B + 3 b where training on
+        its B rows would cost 3 B.
+        """
+        cost, visited = 0, 0
+        for count, shape in self._shapes_before(self.num_epochs):
+            num_scored = shape.num_selecting_steps * shape.step_rows
+            cost += count * (num_scored + 3 * shape.num_trained)
+            visited += count * shape.num_rows
+        return 1 - cost / (3 * visited)
+
+    def extent(self) -> str:
+        """How much training the whole run makes, in words."""
+        num_rows, num_trained = self.num_rows_before(self.num_epochs), self.num_trained_before(self.num_epochs)
+        most = "at most " if self.policy.is_adaptive else ""
+        said = f"{self.num_epochs:,} epochs, {most}{self.total_steps:,} steps"
+        if self.selects:
+            return (
+                f"{said}, load {num_rows:,} samples and train on {num_trained:,} of them, which saves about "
+                f"{self.compute_saving:.0%} of the compute of training on all"
+            )
+        passes = num_trained / self.num_samples
+        return f"{said} of {self.mini_batch_size:,} samples: as much training as {most}{passes:.3g} ordinary epochs"
 
     @property
     def selects(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evosample.sampling import EpochShape, ExperimentSpec
+from evosample.sampling import EpochShape
 
 _NUM_TIMED_STEPS = 5
 
@@ -29,9 +29,10 @@ class EpochFigures:
         new_share: share of the epoch's samples that the epoch before had left out.
         effective_sample_share: mean over the steps of (sum w)^2 / (m * sum w^2), of the m chosen rows' importance
             weights w: 1 where all count alike.
-        predicted_saving: share of the time of training on every sample that the epoch is expected to do without, from
-            the costs measured at warm-up (`predict_saving`; see `Costs`). Time for loading doesn't count.
-        realised_saving: the same as measured; None before an epoch that trains on everything was.
+        predicted_saving: where steps score: share of the time of training on every sample that they load that the epoch
+            is expected to do without, from the costs measured at warm-up (`predict_saving`; see `Costs`). Time for
+            loading doesn't count.
+        realised_saving: the same as measured; None before an epoch that trains on all it loads was.
     """
 
     epoch: int
@@ -94,24 +95,17 @@ class Costs:
         """Whether there are too few measurements for a median."""
         return len(self.score_meta_batch_s) < _NUM_TIMED_STEPS
 
-    def full_epoch_s(self, spec: ExperimentSpec) -> float | None:
-        """Seconds of an epoch that trains on every sample; None before they were measured."""
-        if not self.train_meta_batch_s:
-            return None
-        return (spec.num_samples // spec.meta_batch_size) * statistics.median(self.train_meta_batch_s)
+    def full_epoch_s(self, shape: EpochShape) -> float | None:
+        """Seconds of an epoch of as many steps that train on all they load; None before they were measured."""
+        return shape.num_steps * statistics.median(self.train_meta_batch_s) if self.train_meta_batch_s else None
 
-    def predicted_s(self, spec: ExperimentSpec, shape: EpochShape) -> float | None:
+    def predicted_s(self, shape: EpochShape) -> float | None:
         """Seconds that an epoch is expected to take; None before the costs were measured."""
-        if not self.train_meta_batch_s:
+        if not self.train_meta_batch_s or not self.score_meta_batch_s:
             return None
         num_selecting = shape.num_selecting_steps
-        num_full = shape.num_training_steps - num_selecting
         train_s = statistics.median(self.train_meta_batch_s)
-        full_s = num_full * train_s * shape.step_rows / spec.meta_batch_size
-        if not num_selecting and not shape.num_hidden_steps:
-            return full_s
-        if not self.score_meta_batch_s:
-            return None
+        full_s = (shape.num_training_steps - num_selecting) * train_s
         score_s = statistics.median(self.score_meta_batch_s)
         selecting_s = num_selecting * train_s * statistics.median(self.score_mini_batch_s) / score_s
         return full_s + selecting_s + (num_selecting + shape.num_hidden_steps) * score_s
@@ -120,9 +114,8 @@ class Costs:
 class Stopwatch:
     """Measures an epoch: where its time goes, step by step."""
 
-    def __init__(self, figures: EpochFigures, spec: ExperimentSpec, shape: EpochShape, costs: Costs) -> None:
+    def __init__(self, figures: EpochFigures, shape: EpochShape, costs: Costs) -> None:
         self.figures = figures
-        self._spec = spec
         self._shape = shape
         self._costs = costs
         self._epoch_began_s = time.perf_counter()
@@ -143,11 +136,12 @@ class Stopwatch:
         """The step that began last, if any did, is over: what has passed since, but for loading, is its time."""
         if self._step_began_s is None:
             return
-        step_s = time.perf_counter() - self._step_began_s - (self.figures.loading_s - self._loading_s)
+        figures, now_s = self.figures, time.perf_counter()
+        step_s = now_s - self._step_began_s - (figures.loading_s - self._loading_s)
         self._step_began_s = None
-        self.figures.seconds = time.perf_counter() - self._epoch_began_s
+        figures.seconds = now_s - self._epoch_began_s
         self._steps_s.append(step_s)
-        if self._trains_all and self._shape.step_rows == self._spec.meta_batch_size:
+        if self._trains_all:
             self._costs.train_meta_batch_s.append(step_s)
 
     def chose(self, importance_weights: NDArray[np.float32]) -> None:
@@ -162,8 +156,8 @@ class Stopwatch:
         figures.seconds = time.perf_counter() - self._epoch_began_s
         if self._effective_shares:
             figures.effective_sample_share = statistics.fmean(self._effective_shares)
-        full_s, predicted_s = costs.full_epoch_s(self._spec), costs.predicted_s(self._spec, self._shape)
-        if full_s and self._steps_s and not self._shape.is_annealing:
+        full_s, predicted_s = costs.full_epoch_s(self._shape), costs.predicted_s(self._shape)
+        if full_s and self._steps_s and (self._shape.num_selecting_steps or self._shape.num_hidden_steps):
             # Where steps differ from each other there is no middle one that stands for all.
             is_mixed = self._shape.num_selecting_steps not in (0, self._shape.num_steps) or self._shape.num_hidden_steps
             step_s = statistics.fmean(self._steps_s) if is_mixed else statistics.median(self._steps_s)

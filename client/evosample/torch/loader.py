@@ -29,6 +29,7 @@ from evosample.wire import Position
 _log = logging.getLogger("evosample")
 
 _PIN = "checkpoint"
+_NO_MORE = object()
 Scored = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 """What scoring a batch gives: losses [m], or these and the columns that the policy needs, [m] each."""
 
@@ -46,7 +47,6 @@ class MetaBatch:
 
     def __init__(self, data: Any, batch: Batch, positions: NDArray[np.int64] | None) -> None:
         self.data = data
-        self.step = Position(batch.epoch, batch.step)
         self._batch = batch
         self._positions = positions  # of the samples that were loaded; None: all of them
 
@@ -55,9 +55,18 @@ class MetaBatch:
         return MetaBatch(moved(self.data, torch.device(device), non_blocking), self._batch, self._positions)
 
     @property
+    def step(self) -> Position:
+        return Position(self._batch.epoch, self._batch.step)
+
+    @property
     def num_rows(self) -> int:
         """Samples that were loaded."""
         return len(self._batch.sample_ids) if self._positions is None else len(self._positions)
+
+    @property
+    def lacks_samples(self) -> bool:
+        """Whether some could not be loaded."""
+        return self._positions is not None
 
     @property
     def planned(self) -> Batch:
@@ -88,7 +97,7 @@ class _Reported(NamedTuple):
     columns: Mapping[str, torch.Tensor]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Step:
     """A step that was yielded, until its last micro-batch's losses came."""
 
@@ -98,7 +107,7 @@ class _Step:
     reported: list[_Reported] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _MicroBatch:
     """What was yielded, until its losses come."""
 
@@ -111,13 +120,13 @@ class _MicroBatch:
 class Loader:
     """Yields the mini-batches of an experiment: a `DataLoader` whose samples the selection server chooses.
 
-    Iterating it goes through one epoch, or through what is left of one that was broken off. In a step that selects it
-    loads the meta-batch, scores it with `score`, and yields the chosen rows; in other steps (annealing epochs,
-    `Uniform`, `RandomSubset`) it yields all it has loaded. Pass the per-sample losses of everything that it yields to
-    `mean`, which gives the loss to back-propagate.
+    Iterating it goes through one epoch, or through what is left of one that was broken off. Pass the per-sample losses
+    of every batch to `mean`, which gives the loss to back-propagate and reports them to the server.
 
-    The scoring pass runs without gradients in the model's current mode, and leaves the model's buffers (BatchNorm
-    statistics among them) and PyTorch's random state as they were.
+    Where steps score (`meta_batch_size` above `mini_batch_size`, or Kakurenbo) it also needs `model` and `score`: a
+    step that selects loads the meta-batch, scores it, and yields the chosen rows. The scoring pass runs without
+    gradients in the model's current mode, and leaves the model's buffers (BatchNorm statistics among them) and
+    PyTorch's random state as they were.
 
     Where torch.distributed is initialised, each process gets its part of every step, and all have the same number of
     scoring passes and micro-batches in it. Call the loader in the same way on all of them.
@@ -127,11 +136,12 @@ class Loader:
             loaded: the step goes on without it, and its score stays as it is. One with a method `prefetch` and a number
             `prefetch_samples` is told which samples are to come: see `Prefetching`.
         experiment: made by a client.
-        model: whose buffers the scoring pass must leave alone; wrapped (DDP, FSDP) as it is trained.
+        model: whose buffers the scoring pass must leave alone; wrapped (DDP, FSDP) as it is trained. Needed where steps
+            score, and by `accumulate`.
         score: takes a batch as the dataset's `collate_fn` makes it, returns its losses, [m], one a sample; or these and
             a dict of the columns that the policy needs besides, [m] each. It may use autocast or a cheaper forward
             pass. It may take elements out of the batch, but not change tensors in place: what is trained on are rows of
-            the same tensors. Not needed where no step selects, and none is only scored (Kakurenbo).
+            the same tensors. Needed where steps score.
         micro_batch_size: for gradient accumulation: score and yield at most so many samples at once. `ends_step` says
             when to step the optimizer. Default: a step is one batch.
         scoring_micro_batch_size: at most so many samples in a scoring pass, which needs less memory than training.
@@ -139,8 +149,8 @@ class Loader:
         device: move batches there before they are scored and chosen from; overlaps with computation if `pin_memory`.
             Default: leave them where the workers put them.
         take: picks rows of a batch: take(batch, positions). Default: `take_rows`.
-        predict_saving: score a few steps of the first epoch as well, to measure what selection is to save and log that
-            beside what it does save; see `figures`.
+        predict_saving: where steps select, score a few steps of the first epoch as well, to measure what that is to
+            save, and log it with what it does save; see `figures`.
         read_ahead: batches that a trainer may take before it passes the losses of the one that is due to `mean`.
         data_parallel_rank, data_parallel_size: which of how many equal parts of each step to take. Default: what
             torch.distributed says, or everything. Pass them where processes share their data (tensor or pipeline
@@ -164,7 +174,7 @@ class Loader:
         dataset: Dataset[Any],
         experiment: Experiment,
         *,
-        model: torch.nn.Module,
+        model: torch.nn.Module | None = None,
         score: Callable[[Any], Scored] | None = None,
         micro_batch_size: int | None = None,
         scoring_micro_batch_size: int | None = None,
@@ -183,14 +193,19 @@ class Loader:
                 f"experiment={experiment!r}: expected what client.create_experiment(...) gives", field="experiment"
             )
         _check_dataset(dataset, experiment)
-        if not isinstance(model, torch.nn.Module):
+        if not isinstance(model, torch.nn.Module | None):
             raise InvalidArgumentError(f"model={model!r}: expected a torch.nn.Module", field="model")
-        if score is None and (experiment.spec.selects or experiment.spec.policy.hides):
-            raise InvalidArgumentError(
-                f"score=None: {experiment.spec.policy} scores samples that it does not train on; pass a function that "
-                "takes a batch and returns the loss of each of its samples",
-                field="score",
-            )
+        if experiment.spec.selects or experiment.spec.policy.hides:
+            expected = {
+                "score": (score, "a function that takes a batch and returns the loss of each of its samples"),
+                "model": (model, "the model, whose buffers scoring must leave as they are"),
+            }
+            for field, (given, what) in expected.items():
+                if given is None:
+                    raise InvalidArgumentError(
+                        f"{field}=None: {experiment.spec.policy} scores samples that it does not train on; pass {what}",
+                        field=field,
+                    )
         for option in sorted(_PLANNED_OPTIONS & options.keys()):
             raise InvalidArgumentError(
                 f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
@@ -220,6 +235,7 @@ class Loader:
         self._score = score
         self._micro_batch_size = micro_batch_size
         self._scoring_micro_batch_size = scoring_micro_batch_size or micro_batch_size
+        self._takes_whole_steps = micro_batch_size is None and not experiment.spec.has_set_weights
         self._device = None if device is None else torch.device(device)
         self._take = take
         self._read_ahead = read_ahead
@@ -234,13 +250,13 @@ class Loader:
         self._epoch_to_pin: int | None = None
         self._predicts_saving = predict_saving and experiment.spec.selects
         self._costs = Costs()
-        self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec, experiment.spec.shape(0), self._costs)
+        self._stopwatch = Stopwatch(EpochFigures(0), experiment.spec.shape(0), self._costs)
         self._planned = _PlannedBatches(dataset)
         self._fingerprint: str = getattr(dataset, "fingerprint", "")
         # Workers are seeded from this generator: PyTorch's own would lose a number to every epoch.
         self._generator = torch.Generator()
         collate = _Collate(options.pop("collate_fn", None) or default_collate)
-        self._data_loader: DataLoader[_Loaded] = DataLoader(
+        self._data_loader: DataLoader[Any] = DataLoader(
             dataset, batch_sampler=self._planned, generator=self._generator, collate_fn=collate, **options
         )
 
@@ -358,8 +374,10 @@ class Loader:
                 self._end_epoch()
         if micro_batch.importance_weights is not None:
             losses = losses * micro_batch.importance_weights.to(losses.device)
-        if micro_batch.is_filler:
+        elif micro_batch.is_filler:
             losses = losses * 0
+        elif len(losses) == step.num_rows:
+            return losses.mean()
         return losses.sum() / step.num_rows
 
     @staticmethod
@@ -388,6 +406,8 @@ class Loader:
             raise UsageError(
                 "accumulate() was called without a batch: it goes around a batch's forward and backward pass"
             )
+        if self.model is None:
+            raise UsageError("accumulate() needs the model, to exchange its gradients: Loader(..., model=model)")
         with gradient_sync(self.model, self._is_last_of_step(self._pending[0])):
             yield
 
@@ -408,22 +428,22 @@ class Loader:
     def _meta_batches(self, epoch: Epoch) -> Iterator[MetaBatch]:
         self._is_exhausted = False
         assert self._run is not None
-        self._planned.begin(epoch, self._run.world_size)
+        self._planned.begin(epoch, self.experiment.spec.num_samples)
         self._generator.manual_seed(self._worker_seed(epoch))
         data_batches = iter(self._data_loader)
         try:
             for step in range(epoch.first_step, epoch.num_steps):
                 began_s = time.perf_counter()
-                loaded = next(data_batches, None)
-                if loaded is None:
+                data = next(data_batches, _NO_MORE)
+                if data is _NO_MORE:
                     if not epoch.is_closed and step < epoch.stop:
                         raise UsageError(
                             f"the DataLoader ended before step {step} of {epoch.num_steps}: does the dataset or its "
                             "collate_fn raise StopIteration?"
                         )
                     break  # the others have gone on without this rank
-                self.figures.loading_s += time.perf_counter() - began_s
-                yield self._meta_batch(loaded)
+                self._stopwatch.figures.loading_s += time.perf_counter() - began_s
+                yield self._meta_batch(data)
         finally:
             # Left to the garbage collector, workers may be joined at any later time, for seconds and in any thread.
             if self._data_loader.num_workers and not self._data_loader.persistent_workers:
@@ -438,22 +458,22 @@ class Loader:
         entropy = (self.experiment.spec.seed, epoch.number, epoch.first_step, self._run.rank)
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _meta_batch(self, loaded: _Loaded) -> MetaBatch:
+    def _meta_batch(self, data: Any) -> MetaBatch:
         batch = self._planned.taken.popleft()
         positions = None
-        if loaded.missing is not None:
-            positions = np.delete(np.arange(len(batch.sample_ids)), loaded.missing.numpy())
+        if isinstance(data, _Incomplete):
+            data, missing = data
+            positions = np.delete(np.arange(len(batch.sample_ids)), missing.numpy())
             if not self.figures.num_not_loaded:
                 _log.warning(
                     "step %d of epoch %d goes on without %d samples that can't be loaded, such as %d",
                     batch.step,
                     batch.epoch,
-                    len(loaded.missing),
-                    batch.sample_ids[loaded.missing[0]],
+                    len(missing),
+                    batch.sample_ids[missing[0]],
                 )
-            self.figures.num_not_loaded += len(loaded.missing)
-        data = loaded.data if self._device is None else moved(loaded.data, self._device)
-        return MetaBatch(data, batch, positions)
+            self.figures.num_not_loaded += len(missing)
+        return MetaBatch(data if self._device is None else moved(data, self._device), batch, positions)
 
     def _next_epoch(self) -> Epoch | None:
         if self._is_exhausted and self._epoch is not None and self.position.epoch == self._epoch.number:
@@ -483,7 +503,7 @@ class Loader:
         self._epoch = epoch
         self._position = Position(epoch.number, epoch.first_step)
         figures = EpochFigures(epoch.number, waiting_s=time.perf_counter() - began_s, new_share=epoch.new_share)
-        self._stopwatch = Stopwatch(figures, self.experiment.spec, epoch.shape, self._costs)
+        self._stopwatch = Stopwatch(figures, epoch.shape, self._costs)
         return epoch
 
     def _losses_missing(self) -> UsageError:
@@ -515,15 +535,23 @@ class Loader:
         Raises:
             UsageError: the losses of an earlier step were not passed to `mean`.
         """
-        if len({id(micro_batch.step) for micro_batch in self._pending}) > self._read_ahead:
+        pending = self._pending
+        if len(pending) > self._read_ahead and len({id(each.step) for each in pending}) > self._read_ahead:
             raise self._losses_missing()
-        self._pin_checkpoint()
+        if self._epoch_to_pin is not None:
+            self._pin_checkpoint()
         self._stopwatch.end_step()
         batch = meta_batch.planned
+        trains_all = batch.trains and not batch.selects
         if self._predicts_saving and not batch.selects and self._costs.want_more and self.figures.num_steps:
             self._measure_scoring(meta_batch)  # not in the first step, which is slower
-        self._stopwatch.begin_step(trains_all=batch.trains and not batch.selects)
-        if batch.selects or not batch.trains:
+        self._stopwatch.begin_step(trains_all=trains_all)
+        if trains_all and self._takes_whole_steps and not meta_batch.lacks_samples:  # as a rule: nothing is cut
+            step = _Step(meta_batch, meta_batch.num_rows, 1)
+            self._pending.append(_MicroBatch(step, step.num_rows, None, is_filler=False))
+            yield meta_batch.data
+            return
+        if not trains_all:
             began_s = time.perf_counter()
             losses, columns = _all(meta_batch, self._scored(meta_batch, len(batch.sample_ids)))
             chosen = batch.select(losses, **columns)
@@ -578,6 +606,7 @@ class Loader:
     def _scored(self, meta_batch: MetaBatch, num_planned: int) -> list[_Reported]:
         """What comes of scoring a meta-batch's first `num_planned` samples, or as many as were loaded."""
         assert self._score is not None
+        assert self.model is not None
         rows = np.arange(min(num_planned, meta_batch.num_rows))
         scored = []
         num_left = len(rows)  # what comes after them fills up
@@ -596,7 +625,8 @@ class Prefetching(Protocol):
     """A dataset that is told which samples are to come, in the process of the loader.
 
     Attributes:
-        prefetch_samples: how far ahead it wants to know, in samples of all processes of the job together.
+        prefetch_samples: how far ahead it wants to know, in samples of all processes of the job together, where an
+            epoch visits all samples; where it visits a share, it is told of that share of them.
     """
 
     prefetch_samples: int
@@ -623,10 +653,10 @@ class _PlannedBatches:
         self._num_announced = 0
         self._num_steps_ahead = 0
 
-    def begin(self, epoch: Epoch, world_size: int) -> None:
+    def begin(self, epoch: Epoch, num_samples: int) -> None:
         self._epoch = epoch
         self._num_announced = epoch.first_step
-        self._num_steps_ahead = self._prefetch_samples // (epoch.part_rows * world_size)
+        self._num_steps_ahead = self._prefetch_samples * epoch.num_steps // num_samples
         self.taken.clear()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -646,29 +676,33 @@ class _PlannedBatches:
         self._num_announced = first + len(sample_ids)
 
 
-class _Loaded(NamedTuple):
-    """What a worker makes of a step: the collated samples, and int64 positions of those that it could not load."""
+class _Incomplete(NamedTuple):
+    """What a worker makes of a step of which it could not load some samples: the others, collated.
+
+    Attributes:
+        missing: int64, their positions.
+    """
 
     data: Any
-    missing: torch.Tensor | None
+    missing: torch.Tensor
 
 
 class _Collate:
-    """A `collate_fn` of the samples that could be loaded: where the dataset gave None there is none."""
+    """A `collate_fn` of the samples that could be loaded: where the dataset gave None the batch is incomplete."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self._collate_fn = collate_fn
 
-    def __call__(self, samples: Any) -> _Loaded:
+    def __call__(self, samples: Any) -> Any:
         if not isinstance(samples, list):  # a dataset whose __getitems__ makes whole batches
-            return _Loaded(self._collate_fn(samples), None)
+            return self._collate_fn(samples)
         loaded = [sample for sample in samples if sample is not None]
         if len(loaded) == len(samples):
-            return _Loaded(self._collate_fn(samples), None)
+            return self._collate_fn(samples)
         if not loaded:
             raise DataLossError(f"none of the {len(samples)} samples of a step could be loaded")
         missing = [position for position, sample in enumerate(samples) if sample is None]
-        return _Loaded(self._collate_fn(loaded), torch.tensor(missing))
+        return _Incomplete(self._collate_fn(loaded), torch.tensor(missing))
 
 
 def _parts(rows: NDArray[np.int64], num_planned: int, micro_batch_size: int | None) -> list[NDArray[np.int64]]:
@@ -677,6 +711,8 @@ def _parts(rows: NDArray[np.int64], num_planned: int, micro_batch_size: int | No
     Where so many rows are missing that there is not one for each, the last ones repeat a row, to fill up.
     """
     num_parts = -(-num_planned // min(micro_batch_size or num_planned, num_planned))
+    if num_parts == 1 and len(rows):
+        return [rows]
     num_missing = max(num_parts - len(rows), 0)
     filler = np.full(num_missing, rows[0] if len(rows) else 0)
     return np.array_split(np.concatenate([rows, filler]), num_parts)
@@ -698,6 +734,9 @@ def _synchronize() -> None:
 
 def _all(meta_batch: MetaBatch, reported: list[_Reported]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses and columns of a step's planned samples: NaN where a sample is missing."""
+    if len(reported) == 1:  # as a rule
+        losses, columns = reported[0]
+        return meta_batch.all_losses(losses), {name: meta_batch.all_losses(rows) for name, rows in columns.items()}
     losses = meta_batch.all_losses(torch.cat([rows.losses for rows in reported]))
     names = reported[0].columns.keys()
     if any(rows.columns.keys() != names for rows in reported):

@@ -141,7 +141,9 @@ global___ExperimentRef = ExperimentRef
 
 @typing.final
 class EvolvedSampling(google.protobuf.message.Message):
-    """Evolved Sampling (arXiv 2509.23461): w = beta1 * s + (1 - beta1) * l, s' = beta2 * s + (1 - beta2) * l."""
+    """Evolved Sampling (arXiv 2509.23461): w = beta1 * s + (1 - beta1) * l, s' = beta2 * s + (1 - beta2) * l. Some defaults
+    depend on whether steps score, that is, on whether the meta-batch is larger than the mini-batch.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -154,15 +156,17 @@ class EvolvedSampling(google.protobuf.message.Message):
     beta1: builtins.float
     """In [0, 1]. Unset: 0.2."""
     beta2: builtins.float
-    """In [0, 1]. Unset: 0.9, or 0.8 if prune_ratio > 0."""
+    """In [0, 1]. Unset: 0.9; where steps score and prune_ratio > 0, 0.8."""
     prune_ratio: builtins.float
-    """Share of the samples that an epoch leaves out, in [0, 1). Unset: 0."""
+    """Share of the samples that an epoch leaves out, in [0, 1); an epoch keeps one step at least. Unset: 0.75; where steps
+    score, 0.
+    """
     annealing: builtins.float
-    """Share of the epochs, in [0, 1), that train on everything: the first max(1, ceil(share * num_epochs)) (none with
-    `warm_start`) and the last ceil(share * num_epochs). Unset: 0.05.
+    """Share of the epochs, in [0, 1), that train on everything: the first ceil(share * num_epochs) (none with `warm_start`)
+    and as many at the end. Unset: 0; where steps score, 0.05.
     """
     set_draw: global___DrawMethod.ValueType
-    """How an epoch's samples are drawn. Not WITH_REPLACEMENT."""
+    """How an epoch's samples are drawn. Not WITH_REPLACEMENT; TOP_K needs max_skipped_epochs where no step scores."""
     batch_draw: global___DrawMethod.ValueType
     """How a mini-batch is drawn."""
     def __init__(
@@ -202,13 +206,13 @@ global___Uniform = Uniform
 
 @typing.final
 class RandomSubset(google.protobuf.message.Message):
-    """Prunes uniformly, and back-propagates a uniform mini-batch of each meta-batch without a scoring pass."""
+    """Trains on a uniform share of the samples an epoch."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PRUNE_RATIO_FIELD_NUMBER: builtins.int
     prune_ratio: builtins.float
-    """Share of the samples that an epoch leaves out, in [0, 1). Unset: 0."""
+    """Share of the samples that an epoch leaves out, in [0, 1); an epoch keeps one step at least. Unset: 0.75."""
     def __init__(
         self,
         *,
@@ -474,9 +478,11 @@ class ExperimentSpec(google.protobuf.message.Message):
     num_epochs: builtins.int
     """From 1 to 1,000,000."""
     meta_batch_size: builtins.int
-    """B, rows that a step loads over all ranks, from 1 to min(n, 131,072)."""
+    """B, rows that a step loads and scores over all ranks, from b to min(n, 131,072). Unset: b, so that no step scores. With
+    a policy that draws no mini-batches it is always b.
+    """
     mini_batch_size: builtins.int
-    """b, rows of a step that are back-propagated, over all ranks, from 1 to B. Unset: B."""
+    """b, rows of a step that are back-propagated, over all ranks, from 1 to B. Unset: B. At least one of the two is needed."""
     importance_weight: global___ImportanceWeight.ValueType
     seed: builtins.int
     """Any value; unset: 0."""
@@ -529,7 +535,7 @@ class ExperimentSpec(google.protobuf.message.Message):
         *,
         num_samples: builtins.int = ...,
         num_epochs: builtins.int = ...,
-        meta_batch_size: builtins.int = ...,
+        meta_batch_size: builtins.int | None = ...,
         mini_batch_size: builtins.int | None = ...,
         evolved_sampling: global___EvolvedSampling | None = ...,
         uniform: global___Uniform | None = ...,
@@ -551,10 +557,12 @@ class ExperimentSpec(google.protobuf.message.Message):
         group_floor: builtins.float = ...,
         mixture: global___Mixture | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "selective_backprop", b"selective_backprop", "ucb", b"ucb", "uniform", b"uniform"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "group_floor", b"group_floor", "importance_weight", b"importance_weight", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "max_skipped_epochs", b"max_skipped_epochs", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "num_epochs", b"num_epochs", "num_groups", b"num_groups", "num_samples", b"num_samples", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "selective_backprop", b"selective_backprop", "shard_sizes", b"shard_sizes", "shuffle_block_samples", b"shuffle_block_samples", "ucb", b"ucb", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_meta_batch_size", b"_meta_batch_size", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "selective_backprop", b"selective_backprop", "ucb", b"ucb", "uniform", b"uniform"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile", "_meta_batch_size", b"_meta_batch_size", "_mini_batch_size", b"_mini_batch_size", "custom", b"custom", "evolved_sampling", b"evolved_sampling", "group_floor", b"group_floor", "importance_weight", b"importance_weight", "info_batch", b"info_batch", "kakurenbo", b"kakurenbo", "loss_clip_quantile", b"loss_clip_quantile", "max_skipped_epochs", b"max_skipped_epochs", "meta_batch_size", b"meta_batch_size", "mini_batch_size", b"mini_batch_size", "mixture", b"mixture", "num_epochs", b"num_epochs", "num_groups", b"num_groups", "num_samples", b"num_samples", "ordered_sgd", b"ordered_sgd", "policy", b"policy", "random_subset", b"random_subset", "seed", b"seed", "selective_backprop", b"selective_backprop", "shard_sizes", b"shard_sizes", "shuffle_block_samples", b"shuffle_block_samples", "ucb", b"ucb", "uniform", b"uniform", "warm_start", b"warm_start"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss_clip_quantile", b"_loss_clip_quantile"]) -> typing.Literal["loss_clip_quantile"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_meta_batch_size", b"_meta_batch_size"]) -> typing.Literal["meta_batch_size"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mini_batch_size", b"_mini_batch_size"]) -> typing.Literal["mini_batch_size"] | None: ...
     @typing.overload
@@ -1327,6 +1335,7 @@ class FinishEpochRequest(google.protobuf.message.Message):
     PLAN_ID_FIELD_NUMBER: builtins.int
     REPORTED_ROWS_FIELD_NUMBER: builtins.int
     CHECKSUM_FIELD_NUMBER: builtins.int
+    LAST_REPORT_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The epoch and its plan, as streamed."""
     plan_id: builtins.str
@@ -1339,6 +1348,12 @@ class FinishEpochRequest(google.protobuf.message.Message):
     """
     @property
     def member(self) -> global___Member: ...
+    @property
+    def last_report(self) -> global___ReportLossesRequest:
+        """The rank's last steps, to spare a call: recorded before all else, as ReportLosses does, and with its errors. Member and
+        plan_id are those of this message. Unset: all was reported before.
+        """
+
     def __init__(
         self,
         *,
@@ -1347,11 +1362,14 @@ class FinishEpochRequest(google.protobuf.message.Message):
         plan_id: builtins.str = ...,
         reported_rows: builtins.int | None = ...,
         checksum: builtins.int | None = ...,
+        last_report: global___ReportLossesRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "_reported_rows", b"_reported_rows", "checksum", b"checksum", "member", b"member", "reported_rows", b"reported_rows"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "_reported_rows", b"_reported_rows", "checksum", b"checksum", "epoch", b"epoch", "member", b"member", "plan_id", b"plan_id", "reported_rows", b"reported_rows"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "_last_report", b"_last_report", "_reported_rows", b"_reported_rows", "checksum", b"checksum", "last_report", b"last_report", "member", b"member", "reported_rows", b"reported_rows"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "_last_report", b"_last_report", "_reported_rows", b"_reported_rows", "checksum", b"checksum", "epoch", b"epoch", "last_report", b"last_report", "member", b"member", "plan_id", b"plan_id", "reported_rows", b"reported_rows"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_last_report", b"_last_report"]) -> typing.Literal["last_report"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_reported_rows", b"_reported_rows"]) -> typing.Literal["reported_rows"] | None: ...
 

@@ -261,7 +261,8 @@ class _ExperimentCard:
         _show_activity(self._state, watched)
         self._progress.value = round(progress_share(watched), 4)
         self._epochs.text = f"{status.epoch:,} of {_counted(status.spec.num_epochs, 'epoch')}"
-        self._saved.text = f"{percent(saved_share(status))} saved" if status.epoch else ""
+        saved = saved_share(status)
+        self._saved.text = "" if saved is None else f"{percent(saved)} saved"
         speed = self._throughput.add(time.monotonic(), watched)
         is_running = bool(status.generation) and status.state != "finished"
         self._ranks.text = _ranks_seen(watched) if is_running else ""
@@ -298,8 +299,7 @@ class _ExperimentPage(_Page):
                 title: _plot(title, explanation)
                 for title, explanation in {
                     "Mean loss": "Of the samples that each epoch visited; and the mean score of all samples.",
-                    "Kept, chosen, saved": "Samples that each epoch visited, and those that it back-propagated, in % "
-                    "of all; and the back-propagation saved so far.",
+                    "Kept, chosen": "Samples that each epoch visited, and those that it back-propagated, in % of all.",
                     "Scores": "Of all samples, after the latest epoch; without the thousandths at either end.",
                     "Movement of the scores": "How many samples have which score, epoch by epoch.",
                     "Coverage and staleness": "How many epochs ago the samples had their latest loss.",
@@ -354,7 +354,7 @@ class _ExperimentPage(_Page):
     def _show_epochs(self, spec: ExperimentSpec, epochs: list[EpochSummary]) -> None:
         latest = epochs[-1:]
         self._show("Mean loss", plots.losses(epochs))
-        self._show("Kept, chosen, saved", plots.shares(spec, epochs))
+        self._show("Kept, chosen", plots.shares(spec, epochs))
         self._show("Scores", plots.histograms({f"after epoch {summary.epoch}": summary for summary in latest}))
         self._show("Movement of the scores", plots.heat_map(epochs))
         self._show("Coverage and staleness", plots.staleness(spec, epochs))
@@ -414,7 +414,6 @@ class _Comparison(_Page):
                     "Mean loss": "Of the samples that each epoch visited.",
                     "Mean loss by work": "The same, over the samples back-propagated so far: lower and further left is "
                     "better.",
-                    "Saved": "Back-propagation saved so far, in % of training on everything.",
                     "Chosen": "Samples that each epoch back-propagated, in % of all.",
                     "Covered": "Samples that have had a loss so far, in % of all.",
                     "Scores": "Of all samples, after the latest epoch of each.",
@@ -449,7 +448,6 @@ class _Comparison(_Page):
         shown = {
             "Mean loss": curves(plots.loss_curve, needs_spec=False, y="loss"),
             "Mean loss by work": curves(plots.loss_by_work, needs_spec=False, x="samples back-propagated", y="loss"),
-            "Saved": curves(plots.saved_curve, y="%", is_share=True),
             "Chosen": curves(plots.chosen_curve, y="%", is_share=True),
             "Covered": curves(plots.covered_curve, y="%", is_share=True),
             "Scores": plots.histograms({name: f.epochs[-1] for name, f in sides.items() if f.epochs}),

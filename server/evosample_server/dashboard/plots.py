@@ -84,12 +84,11 @@ def loss_curve(epochs: Sequence[EpochSummary]) -> Curve:
 
 
 def shares(spec: ExperimentSpec, epochs: Sequence[EpochSummary]) -> Options:
-    """Shares of the dataset that each epoch kept and chose, and the back-propagation saved by its end."""
+    """Shares of the dataset that each epoch kept and chose."""
     return curves(
         {
             "kept": [(e.epoch, e.num_rows / spec.num_samples) for e in epochs],
             "chosen": chosen_curve(spec, epochs),
-            "saved so far": saved_curve(spec, epochs),
         },
         y="%",
         is_share=True,
@@ -99,11 +98,6 @@ def shares(spec: ExperimentSpec, epochs: Sequence[EpochSummary]) -> Options:
 def chosen_curve(spec: ExperimentSpec, epochs: Sequence[EpochSummary]) -> Curve:
     """Share of the dataset that was back-propagated, by epoch."""
     return [(e.epoch, e.num_trained / spec.num_samples) for e in epochs]
-
-
-def saved_curve(spec: ExperimentSpec, epochs: Sequence[EpochSummary]) -> Curve:
-    """Back-propagation saved up to each epoch's end."""
-    return [(e.epoch, 1 - e.total_trained / (spec.num_samples * (e.epoch + 1))) for e in epochs]
 
 
 def covered_curve(spec: ExperimentSpec, epochs: Sequence[EpochSummary]) -> Curve:

@@ -1,6 +1,7 @@
 -- Marks a rank as finished; with the last one the epoch is sealed: OPEN -> SEALED.
 -- KEYS: head, claims, finished. ARGV: uid, plan_id, generation, rank, claim, epoch
--- Returns 'ok' (also when repeated after the epoch has ended), 'gone', 'superseded', 'behind' or 'closed'.
+-- Returns 'ok' (also when repeated after the epoch has ended), 'sealed' (now, or before and not planned yet), 'gone',
+-- 'superseded', 'behind' or 'closed'.
 local h = redis.call('HMGET', KEYS[1], 'uid', 'plan_id', 'state', 'generation', 'world_size', 'epoch')
 if h[1] ~= ARGV[1] then
   return 'gone'
@@ -23,5 +24,6 @@ if is_new and num_finished == 1 then -- stragglers are waited for from here on, 
 end
 if num_finished == tonumber(h[5]) then
   redis.call('HSET', KEYS[1], 'state', 'sealed')
+  return 'sealed'
 end
-return 'ok'
+return h[3] == 'sealed' and 'sealed' or 'ok'
