@@ -5,7 +5,7 @@ BENCH = PYTHONPATH=benchmarks $(BIN)/python -m performance
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak fuzz crowd bench-recovery bench-webdataset bench-accumulation bench-security bench-memory
-.PHONY: bench bench-check bench-peers bench-large bench-draws comparison
+.PHONY: bench bench-check bench-peers bench-large bench-draws bench-readme comparison
 .PHONY: test-compose docs screenshots check format generate clean
 
 help: ## Show this list.
@@ -19,7 +19,7 @@ help: ## Show this list.
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: .venv/installed .venv/mnist ## Train a small CNN on MNIST five ways through a live server, and compare.
+demo: .venv/installed .venv/mnist ## Train a small CNN on two data sets, four ways, through a live server, and compare.
 	$(BIN)/python examples/mnist/demo.py
 
 .venv/mnist: | .venv/installed
@@ -70,6 +70,9 @@ bench-accumulation: .venv/installed .venv/reviews.tsv ## Measure what selection 
 
 bench-memory: .venv/installed ## Measure what an experiment takes in the store and of a server, at one and ten million samples.
 	$(BIN)/python benchmarks/memory.py
+
+bench-readme: .venv/installed .venv/mnist ## Run the README's loop before and after on MNIST: accuracy and time (two minutes).
+	$(BIN)/python benchmarks/readme.py
 
 bench-draws: .venv/installed .venv/mnist ## Measure what the draws include, how long they take, and what training makes of them.
 	$(BIN)/python benchmarks/draws.py

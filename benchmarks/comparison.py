@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/mnist"))
 
 import compare as trainings  # noqa: E402
-from demo import make_model  # noqa: E402
+from digits import make_model  # noqa: E402
 
 NUM_EPOCHS = 6
 FUNCTIONS = {
@@ -44,16 +44,16 @@ def run(name: str, report_dir: Path) -> Comparison:
 INTRODUCTION = """# Comparison
 
 All policies of evosample on three data sets, with the network of `make demo` ({parameters:,} parameters): {num_epochs}
-epochs, meta-batches of 256 and mini-batches of 64 samples (SelectiveBackprop: 128, as in its paper; policies that
-choose whole epochs train on all 256), one cycle of AdamW's learning rate whatever the number of steps, {num_seeds}
-seeds, defaults everywhere else.
+epochs, mini-batches of 64 samples, drawn from meta-batches of 256 where steps score (SelectiveBackprop: 128 of 256, as
+in its paper), one cycle of AdamW's learning rate whatever the number of steps, {num_seeds} seeds, defaults everywhere
+else.
 
-`RandomSubset` is the baseline: 64 random ones of every 256 samples, which needs no scoring pass. It runs for as many
-epochs as the methods, and for as many as take as much training time as each of them; **the verdict goes by the
-latter**. Differences are the method minus the random subset, paired by seed, with the 95 % interval of Student's t: of
-as many verdicts as there are here, chance alone makes one or two. Time is processor time of the training process: the
-machine had two cores, and other things to do. Another model, data set or number of epochs may well order them
-otherwise: `evosample compare` tells of yours.
+`RandomSubset` is the baseline: another random quarter of the data each epoch. It runs for as many epochs as the
+methods, and for as many as take as much training time as each of them; **the verdict goes by the latter**. Differences
+are the method minus the random subset, paired by seed, with the 95 % interval of Student's t: of as many verdicts as
+there are here, chance alone makes one or two. Time is processor time of the training process: the machine had two
+cores, and other things to do. Another model, data set or number of epochs may well order them otherwise: `evosample
+compare` tells of yours.
 
 `make comparison` makes this page, in three to four hours of one core. In words:
 

@@ -21,7 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/mnist"))
 
 import compare as trainings
-from demo import Mnist
+from digits import Mnist
 from mnist_arrays import load_digits
 
 import evosample
@@ -86,7 +86,7 @@ def durations(max_samples: int) -> Table:
 
 def effects(num_train: int, num_seeds: int) -> Table:
     """What an ES training on MNIST comes to by how its mini-batches, or its epochs, are drawn."""
-    train_set, test_set = (Mnist(*digits) for digits in load_digits(num_train, 10_000))
+    train_set, test_set = (Mnist(*digits, is_small=True) for digits in load_digits(num_train, 10_000))
     table = Table(
         "draw",
         "of mini-batches",

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 sys.path.append(str(Path(__file__).parents[1] / "examples/mnist"))
 
-from demo import Mnist, load_mnist
+from digits import Mnist, load_mnist
 
 import evosample
 import evosample.lightning

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from performance import page
+from performance.loading import epoch_ends, loading
 from performance.memory import memory
 from performance.peers import reverb
 from performance.rows import Row
@@ -37,6 +38,8 @@ def suite() -> Iterator[Row]:
     yield from streaming(10_000_000, 7)
     yield from reporting(4_000_000, 7)
     yield from steps(2_000, 7)
+    yield from loading(1_000, 7)
+    yield from epoch_ends([5_000, 100_000], 40)
     yield from turns([100_000, 1_280_000, 10_000_000], 5)
     yield from streams_beside_a_turn(10_000_000, 3)
     yield from memory(10_000_000, 0.0)
@@ -50,6 +53,7 @@ def short() -> Iterator[Row]:
     """Half a minute of it: the ratios that a change is likely to spoil."""
     yield from streaming(4_000_000, 3)
     yield from steps(1_000, 3)
+    yield from loading(300, 3)
     yield from turns([100_000, 1_280_000], 3)
 
 

@@ -55,7 +55,7 @@ def line_of(row: Row) -> str:
     if row.ratio is not None:
         said += f"; {row.ratio:.3g} times {row.compared_with}"
         if row.ratio_target is not None:
-            said += f" (promised: {_bound(row.higher_is_better)} {row.ratio_target:g})"
+            said += f" (promised: {_ratio_bound(row.as_dict())})"
     return said if row.met else f"{said}  -- NOT MET"
 
 
@@ -79,8 +79,13 @@ def _table_row(row: dict[str, Any]) -> str:
         cells += ["", "", "", ""]
     else:
         cells += [row["compared_with"], _number(row["compared_value"]), f"{row['ratio']:.3g}"]
-        cells.append("" if row["ratio_target"] is None else f"{bound} {row['ratio_target']:g}")
+        cells.append("" if row["ratio_target"] is None else _ratio_bound(row))
     return f"| {' | '.join([*cells, 'yes' if row['met'] else '**no**'])} |"
+
+
+def _ratio_bound(row: dict[str, Any]) -> str:
+    least = f"{_bound(row['higher_is_better'])} {row['ratio_target']:g}"
+    return least if row.get("ratio_most") is None else f"{least}, ≤ {row['ratio_most']:g}"
 
 
 def _bound(higher_is_better: bool) -> str:

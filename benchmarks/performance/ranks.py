@@ -47,7 +47,7 @@ def serving_from(store: ServerProcess) -> Iterator[ServerProcess]:
 
 
 def spec_of(num_samples: int, *, prune_ratio: float = 0.0, num_epochs: int = 100) -> ExperimentSpec:
-    """ES or ESWP, annealing in the first epoch alone."""
+    """ES or ESWP without annealing."""
     return ExperimentSpec(
         num_samples=num_samples,
         num_epochs=num_epochs,

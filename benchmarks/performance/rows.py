@@ -21,6 +21,7 @@ class Row:
         compared_with: how the job was done otherwise; empty: it was not.
         compared: the values of that, repetition by repetition.
         ratio_target: what the median of values / compared is to reach.
+        ratio_most: what it may not exceed either, where higher is better: a prediction may be wrong both ways.
         note: what else there is to say, in a few words.
     """
 
@@ -32,6 +33,7 @@ class Row:
     compared_with: str = ""
     compared: Sequence[float] = ()
     ratio_target: float | None = None
+    ratio_most: float | None = None
     note: str = ""
 
     @property
@@ -51,6 +53,8 @@ class Row:
 
     @property
     def met(self) -> bool:
+        if self.ratio_most is not None and self.ratio is not None and self.ratio > self.ratio_most:
+            return False
         return all(
             target is None or found is None or (found >= target if self.higher_is_better else found <= target)
             for found, target in ((self.value, self.target), (self.ratio, self.ratio_target))
@@ -70,6 +74,7 @@ class Row:
             "compared_value": self.compared_value,
             "ratio": self.ratio,
             "ratio_target": self.ratio_target,
+            "ratio_most": self.ratio_most,
             "met": self.met,
             "note": self.note,
         }

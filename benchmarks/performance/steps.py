@@ -29,8 +29,6 @@ def steps(num_steps: int, num_repeats: int) -> Iterator[Row]:
             mini_batch_size=MINI_BATCH_SIZE,
             policy=evosample.EvolvedSampling(annealing=0),
         ).epochs()
-        for batch in next(run):  # trains on everything
-            batch.report(losses)
         epoch = next(run)
         tails: list[float] = []
         means: list[float] = []

@@ -19,23 +19,21 @@ import evosample.lightning
 
 sys.path.append(str(Path(__file__).parents[1] / "mnist"))
 
-from demo import load_mnist
+from digits import load_mnist
 
 
 class Classifier(lightning.LightningModule):
-    """A small network, with the one method that evosample asks for."""
+    """A small network, which passes the loss of each sample to evosample."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    def per_sample_losses(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        images, digits = batch
-        return functional.cross_entropy(self.layers(images), digits, reduction="none")
-
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, digits = batch
+        losses = functional.cross_entropy(self.layers(images), digits, reduction="none")
         data: evosample.lightning.DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        loss = data.mean(self.per_sample_losses(batch))
+        loss = data.mean(losses)
         self.log_dict({"loss": loss, "done": data.loader.progress}, prog_bar=True)
         return loss
 
@@ -51,7 +49,7 @@ class Classifier(lightning.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=60_000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=24, help="of a quarter of the samples each")
     parser.add_argument("--address", help="of a running evosample-server; default: a private one")
     options = parser.parse_args()
     train_set, test_set = (TensorDataset(part.images, part.digits) for part in load_mnist(options.samples, 10_000))
@@ -61,9 +59,7 @@ def main() -> None:
             "mnist-lightning",
             num_samples=len(train_set),
             num_epochs=options.epochs,
-            meta_batch_size=256,
-            mini_batch_size=64,
-            policy=evosample.EvolvedSampling(prune_ratio=0.2),
+            mini_batch_size=256,
         )
         test_loader = DataLoader(test_set, batch_size=1000)
         data = evosample.lightning.DataModule(train_set, experiment, val_dataloaders=test_loader)

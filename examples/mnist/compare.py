@@ -7,20 +7,14 @@ evosample compare examples/mnist/compare.py:mnist --epochs 6 --output comparison
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
+import digits
 import torch
-from demo import META_BATCH_SIZE, MINI_BATCH_SIZE, Mnist, accuracy, learning_rate, make_model
-from mnist_arrays import load_digits
-from numpy.typing import NDArray
+from demo import BATCH_SIZE, META_BATCH_SIZE
+from digits import Mnist, accuracy, learning_rate, make_model
 from torch.nn import functional
 
 import evosample.torch
 from evosample.comparison import Trial
-
-IMBALANCE = 100
-WRONG_SHARE = 0.2
 
 
 def train(trial: Trial, train_set: Mnist, test_set: Mnist) -> dict[str, float]:
@@ -29,15 +23,15 @@ def train(trial: Trial, train_set: Mnist, test_set: Mnist) -> dict[str, float]:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     experiment = trial.create_experiment(
-        num_samples=len(train_set), meta_batch_size=META_BATCH_SIZE, mini_batch_size=MINI_BATCH_SIZE
+        num_samples=len(train_set), mini_batch_size=BATCH_SIZE, meta_batch_size=META_BATCH_SIZE
     )
 
     def per_sample(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        images, digits = batch
+        images, labels = batch
         logits = model(images)
-        losses = functional.cross_entropy(logits, digits, reduction="none")
+        losses = functional.cross_entropy(logits, labels, reduction="none")
         wants_predictions = bool(experiment.spec.policy.reported_columns)
-        return losses, evosample.torch.prediction_columns(logits, digits) if wants_predictions else {}
+        return losses, evosample.torch.prediction_columns(logits, labels) if wants_predictions else {}
 
     with trial.training():
         loader = evosample.torch.Loader(
@@ -56,36 +50,14 @@ def train(trial: Trial, train_set: Mnist, test_set: Mnist) -> dict[str, float]:
 
 def mnist(trial: Trial) -> dict[str, float]:
     """All 60,000 digits."""
-    images, digits = _arrays()
-    return train(trial, Mnist(images, digits), _test_set())
+    return train(trial, *digits.all_digits())
 
 
 def long_tailed(trial: Trial) -> dict[str, float]:
     """About 12,600 digits, 100 times as many zeros as nines: class c has 5,000 * 100^(-c / 9)."""
-    images, digits = _arrays()
-    chance = np.random.default_rng(trial.seed)
-    rows = [
-        chance.choice(np.flatnonzero(digits == digit), round(5_000 * IMBALANCE ** (-digit / 9)), replace=False)
-        for digit in range(10)
-    ]
-    some = np.sort(np.concatenate(rows))
-    return train(trial, Mnist(images[some], digits[some]), _test_set())
+    return train(trial, *digits.long_tailed(trial.seed))
 
 
 def wrong_labels(trial: Trial) -> dict[str, float]:
     """All 60,000 digits, of which 20 % have a wrong label."""
-    images, digits = _arrays()
-    chance = np.random.default_rng(trial.seed)
-    is_wrong = chance.random(len(digits)) < WRONG_SHARE
-    wrong = (digits + chance.integers(1, 10, len(digits))) % 10
-    return train(trial, Mnist(images, np.where(is_wrong, wrong, digits)), _test_set())
-
-
-@functools.cache
-def _arrays() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    return load_digits(60_000, 10_000)[0]
-
-
-@functools.cache
-def _test_set() -> Mnist:
-    return Mnist(*load_digits(60_000, 10_000)[1])
+    return train(trial, *digits.wrong_labels(trial.seed))

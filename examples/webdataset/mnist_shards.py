@@ -12,7 +12,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "mnist"))
 
-from demo import load_mnist
+from digits import load_mnist
 
 
 def write_shards(

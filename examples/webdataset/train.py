@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -28,25 +28,20 @@ def train(urls: str | list[str], num_epochs: int) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
 
-    def per_sample(batch: Any) -> torch.Tensor:
-        images, digits = batch
-        return nn.functional.cross_entropy(model(images / 255), digits, reduction="none")
-
     with evosample.connect() as client:
         experiment = client.create_experiment(
             "webdataset",
             num_samples=len(shards),
             num_epochs=num_epochs,
-            meta_batch_size=128,
-            mini_batch_size=32,
-            policy=evosample.EvolvedSampling(prune_ratio=0.2),
+            mini_batch_size=128,
             shard_sizes=shards.shard_sizes,  # shuffle so that shards are read nearly one after the other
         )
-        loader = evosample.torch.Loader(dataset, experiment, model=model, score=per_sample, num_workers=2)
+        loader = evosample.torch.Loader(dataset, experiment, num_workers=2)
         for epoch in range(num_epochs):
             total_loss, num_steps = 0.0, 0
-            for batch in loader:
-                loss = loader.mean(per_sample(batch))
+            for images, digits in loader:
+                losses = nn.functional.cross_entropy(model(images / 255), digits, reduction="none")
+                loss = loader.mean(losses)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
@@ -57,7 +52,7 @@ def train(urls: str | list[str], num_epochs: int) -> None:
 
 def main(
     shards: Annotated[str, typer.Argument(help="Shards of .png and .cls. Default: MNIST is written as such.")] = "",
-    num_epochs: Annotated[int, typer.Option(min=3)] = 5,
+    num_epochs: Annotated[int, typer.Option(help="Of a quarter of the samples each.", min=1)] = 20,
     num_samples: Annotated[int, typer.Option(help="Samples of MNIST to write.", min=1, max=60_000)] = 12_000,
 ) -> None:
     """Train a small network on WebDataset shards through a private selection server."""

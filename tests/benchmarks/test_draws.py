@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_benchmark_of_draws_tells_which_are_unbiased() -> None:
-    options = ["--num-draws=1000", "--max-samples=1000", "--num-train=600", "--num-seeds=1"]
+    options = ["--num-draws=1000", "--max-samples=1000", "--num-train=2000", "--num-seeds=1"]
     done = subprocess.run([sys.executable, ROOT / "benchmarks/draws.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^│ (\w+) +│(.+)│$", done.stdout, re.MULTILINE)
