@@ -33,7 +33,7 @@ def spirals(num_samples: int, seed: int) -> TensorDataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=24, help="of a quarter of the samples each")
     parser.add_argument("--address", help="of a running evosample-server; default: a private one")
     options = parser.parse_args()
     distributed.init_process_group("gloo")  # "nccl" on GPUs
@@ -49,31 +49,17 @@ def main() -> None:
         "spirals",
         num_samples=len(train_set),
         num_epochs=options.epochs,
-        meta_batch_size=256,  # over all processes
-        mini_batch_size=64,
-        policy=evosample.EvolvedSampling(prune_ratio=0.2),
+        mini_batch_size=256,  # over all processes
     )
-
-    def per_sample(batch: list[torch.Tensor]) -> torch.Tensor:
-        points, sides = batch
-        return functional.binary_cross_entropy_with_logits(model(points).squeeze(1), sides, reduction="none")
-
-    loader = evosample.torch.Loader(
-        train_set,
-        experiment,
-        model=model,
-        score=per_sample,
-        micro_batch_size=16,  # of each process; gradients are exchanged with the last of a step
-    )
+    loader = evosample.torch.Loader(train_set, experiment)
     is_first = distributed.get_rank() == 0
     for epoch in range(options.epochs):
-        for batch in track(loader, f"epoch {epoch}", total=None, disable=not is_first):
-            with loader.accumulate():
-                loss = loader.mean(per_sample(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-            if loader.ends_step:
-                optimizer.step()
-                optimizer.zero_grad()
+        for points, sides in track(loader, f"epoch {epoch}", total=None, disable=not is_first):
+            losses = functional.binary_cross_entropy_with_logits(model(points).squeeze(1), sides, reduction="none")
+            loss = loader.mean(losses)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
 
     loader.state_dict()  # on all processes: whatever a checkpoint holds, every loss before it is in the store
     if is_first:

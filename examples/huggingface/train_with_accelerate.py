@@ -20,7 +20,7 @@ from reviews import load_reviews, make_bert, make_tokenizer, tokenized
 from rich.progress import track
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 import evosample
 import evosample.torch
@@ -30,7 +30,7 @@ def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=9_600)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=24, help="of a quarter of the samples each")
     parser.add_argument("--address", help="of a running evosample-server; default: a private one")
     parser.add_argument("--checkpoint", type=Path, help="a folder: stop half way and save, or go on from there")
     options = parser.parse_args()
@@ -56,22 +56,14 @@ def main() -> None:
         "reviews-accelerate",
         num_samples=len(train_set),
         num_epochs=options.epochs,
-        meta_batch_size=128,  # over all processes
-        mini_batch_size=32,
-        policy=evosample.EvolvedSampling(prune_ratio=0.2),
+        mini_batch_size=128,  # over all processes
     )
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=experiment.total_steps)
-
-    def per_sample(batch: BatchEncoding) -> torch.Tensor:
-        labels = batch["labels"]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return functional.cross_entropy(logits, labels, reduction="none")
 
     loader = evosample.torch.Loader(
         train_set,
         experiment,
-        model=model,
-        score=per_sample,
+        model=model,  # for accumulate(): it exchanges gradients with the last micro-batch of a step
         micro_batch_size=16,  # of each process
         device=accelerator.device,
         collate_fn=collate,
@@ -84,7 +76,9 @@ def main() -> None:
     for epoch in range(loader.position.epoch, options.epochs):
         for batch in track(loader, f"epoch {epoch}", total=None, disable=not accelerator.is_main_process):
             with loader.accumulate():  # instead of accelerator.accumulate(model)
-                accelerator.backward(loader.mean(per_sample(batch)))
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                losses = functional.cross_entropy(logits, batch["labels"], reduction="none")
+                accelerator.backward(loader.mean(losses))
             if not loader.ends_step:
                 continue
             optimizer.step()

@@ -30,7 +30,7 @@ def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=9_600)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=24, help="of a quarter of the samples each")
     parser.add_argument("--address", help="of a running evosample-server; default: a private one")
     options = parser.parse_args()
     reviews = load_reviews(10_605)
@@ -41,7 +41,7 @@ def main() -> None:
 
     arguments = TrainingArguments(  # starts torch.distributed, where there are several processes
         output_dir="reviews-trainer",
-        per_device_train_batch_size=16,  # two micro-batches are back-propagated a step, eight where all are
+        per_device_train_batch_size=16,  # a step of 128 accumulates eight of these, or four in two processes
         learning_rate=2e-3,
         save_strategy="no",
         report_to=[],
@@ -51,9 +51,7 @@ def main() -> None:
         "reviews-trainer",
         num_samples=len(train_set),
         num_epochs=options.epochs,
-        meta_batch_size=128,  # over all processes
-        mini_batch_size=32,
-        policy=evosample.EvolvedSampling(prune_ratio=0.2),
+        mini_batch_size=128,  # over all processes
     )
     trainer = evosample.huggingface.Trainer(
         make_bert("SequenceClassification", tokenizer),

@@ -17,7 +17,7 @@ def losses_printed(*arguments: str) -> list[float]:
 
 
 def test_the_example_learns_from_shards_that_it_writes() -> None:
-    first, *_, last = losses_printed("--num-samples", "2000", "--num-epochs", "4")
+    first, *_, last = losses_printed("--num-samples", "2000", "--num-epochs", "16")
     assert last < first / 2
 
 
