@@ -49,7 +49,7 @@ in its paper), one cycle of AdamW's learning rate whatever the number of steps, 
 else.
 
 `RandomSubset` is the baseline: another random quarter of the data each epoch. It runs for as many epochs as the
-methods, and for as many as take as much training time as each of them; **the verdict goes by the latter**. Differences
+methods, and for as many as take as much training time as each of them; **the verdict is by the latter**. Differences
 are the method minus the random subset, paired by seed, with the 95 % interval of Student's t: of as many verdicts as
 there are here, chance alone makes one or two. Time is processor time of the training process: the machine had two
 cores, and other things to do. Another model, data set or number of epochs may well order them otherwise: `evosample

@@ -79,7 +79,12 @@ FLOORS = {
     "server/evosample_server/metrics.py": ["evosample.errors", "evosample.wire"],
     "server/evosample_server/tracing.py": ["evosample.errors"],
     "server/evosample_server/logs.py": [],
-    "server/evosample_server/store.py": [*SERVER_MAY_USE, "evosample_server.keys", "evosample_server.metrics"],
+    "server/evosample_server/store.py": [
+        *SERVER_MAY_USE,
+        "evosample_server.keys",
+        "evosample_server.metrics",
+        "evosample_server.tasks",
+    ],
     "server/evosample_server/planner.py": [
         *SERVER_MAY_USE,
         "evosample_server.metrics",
@@ -92,6 +97,7 @@ FLOORS = {
         "evosample_server.metrics",
         "evosample_server.planner",
         "evosample_server.store",
+        "evosample_server.tasks",
     ],
     "server/evosample_server/connection.py": ["evosample.errors"],
     "server/evosample_server/status.py": SERVER_MAY_USE,

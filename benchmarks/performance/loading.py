@@ -1,4 +1,4 @@
-"""What the loader costs beside a plain DataLoader of the same batches, and what an epoch's end costs a job."""
+"""Measures the loader against a plain DataLoader, and the wait at an epoch's end."""
 
 from __future__ import annotations
 

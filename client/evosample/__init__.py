@@ -1,12 +1,11 @@
 """evosample: train on the samples that still teach the model something.
 
 with evosample.connect() as client:
-    experiment = client.create_experiment("mnist", num_samples=60_000, num_epochs=10, meta_batch_size=256,
-                                          mini_batch_size=64, policy=evosample.EvolvedSampling(prune_ratio=0.2))
-    for epoch in experiment.epochs():
+    experiment = client.create_experiment("mnist", num_samples=60_000, num_epochs=40, mini_batch_size=64)
+    for epoch in experiment.epochs():  # each a quarter of the samples
         for batch in epoch:
-            losses = ...                      # one a sample of batch.sample_ids
-            chosen = batch.select(losses)     # back-propagate chosen.positions
+            losses = ...  # of a training step on batch.sample_ids, one a sample
+            batch.report(losses)
 """
 
 import os

@@ -243,8 +243,8 @@ class Client:
     ) -> Experiment:
         """Create an experiment, or find the one of this name if its spec is equal.
 
-        Logs how much training a new experiment makes: with INFO; with WARNING, so that it is seen, where the policy is
-        the default or saves next to nothing.
+        Logs the size of a new experiment's run: with INFO; with WARNING, so that it is seen, where the policy is the
+        default without scoring, or where scoring saves next to nothing.
 
         Args:
             name: unique in its project.
@@ -632,7 +632,8 @@ class Experiment:
         Args:
             scores: float32 [num_samples], s, finite and >= 0.
             sampling_weights: float32 [num_samples], w, finite and >= 0. Default: the scores.
-            num_visits: uint16 [num_samples], losses behind each score. Samples with 0 are visited before all others.
+            num_visits: uint16 [num_samples], losses behind each score. Samples with 0 have the mean sampling
+                weight of the others instead of their own; policies with `keeps_unvisited` visit them before all others.
                 Default: 1 each.
             columns: float32 [num_samples] each, what the policy keeps besides, by name, such as UCB's "variance".
                 Default: as without known scores.

@@ -313,12 +313,13 @@ class Run:
     def _uniform_epoch(self, number: int) -> Epoch:
         """An epoch of the same steps drawn without scores, and without a server: the same on all ranks."""
         spec, policy = self.spec, self.spec.policy
-        is_whole = spec.is_annealing(number) or not policy.prune_ratio
+        is_whole = spec.is_annealing(number) or spec.num_places == spec.num_samples
         uniform = replace(
             spec,
             policy=Uniform() if is_whole else RandomSubset(prune_ratio=policy.prune_ratio),
             mini_batch_size=spec.meta_batch_size,
             importance_weight="none",
+            mixture=None,  # it needs a server
         )
         table, _ = plan_epoch(uniform, number, initial_scores(spec.num_samples))
         shape = spec.shape(number, len(table.sample_ids))
@@ -611,8 +612,8 @@ class Run:
             if epoch.num_reported < due:
                 request.last_report.CopyFrom(self._report_of(epoch, epoch.num_reported, due))
             response = self._connection.call("FinishEpoch", request, give_up=self._closing)
-            epoch.num_reported = max(epoch.num_reported, due)
             if not response.missing_steps:
+                epoch.num_reported = max(epoch.num_reported, due)
                 epoch.is_finished = True
                 self._made_contact()
                 return

@@ -130,7 +130,7 @@ class GroupRows(NamedTuple):
 
 
 class ReportedSteps(NamedTuple):
-    """What a rank reports of the steps [first_step, first_step + num_steps), as it came; see `ReportLossesRequest`."""
+    """A rank's report of the steps [first_step, first_step + num_steps), as it came; see `ReportLossesRequest`."""
 
     first_step: int
     num_steps: int
@@ -772,9 +772,13 @@ class Experiments:
         head = await self._head_of_member(name, uid, member)
         if head.epoch < epoch:
             raise EpochClosedError(f"epoch {epoch} is not open: the experiment stands at epoch {head.epoch}")
-        is_sealed = head.epoch == epoch and head.plan_id == plan_id and head.state == "sealed"  # an answer got lost
-        if last_steps is not None and head.epoch == epoch and not is_sealed:
-            await self._take(head, member, plan_id, last_steps)
+        if last_steps is not None and not await self._has_finished(head, member, epoch):
+            try:
+                await self._take(head, member, plan_id, last_steps)
+            except EpochClosedError:  # unless an earlier attempt, whose answer is under way, has just finished
+                head = await self._head_of_member(name, uid, member)
+                if not await self._has_finished(head, member, epoch):
+                    raise
         if head.epoch == epoch and (reported_rows is not None or expected_checksum is not None):
             self._check_open(head, plan_id, "sealed")
             missing_steps = await self._missing_steps(head, member, reported_rows, expected_checksum)
@@ -785,9 +789,16 @@ class Experiments:
         if answer == "sealed":
             self._planner.start_turn(dataclasses.replace(head, state="sealed"))
             return Finish([], [])
-        if head.epoch > epoch:
+        waiting_for = await self._store.unfinished_ranks(head)
+        if head.epoch > epoch or member.rank in waiting_for:  # the next epoch has begun meanwhile
             return Finish([], [])
-        return Finish([], (await self._store.unfinished_ranks(head))[:_MAX_NAMED_RANKS])
+        return Finish([], waiting_for[:_MAX_NAMED_RANKS])
+
+    async def _has_finished(self, head: Head, member: Member, epoch: int) -> bool:
+        """Whether an epoch that takes no losses any more has ended with this rank's: then an answer got lost."""
+        if head.epoch == epoch:
+            return head.state == "sealed" and member.rank not in await self._store.unfinished_ranks(head)
+        return not await self._store.was_skipped(head, epoch, member.rank)
 
     async def _missing_steps(
         self, head: Head, member: Member, reported_rows: int | None, expected_checksum: int | None

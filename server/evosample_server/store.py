@@ -91,6 +91,7 @@ _PROBE_TTL_MS = 60_000
 _BLOCKS_AT_ONCE = 8
 _STAGED_TTL_MS = 120_000
 _SMALL_BYTES = 2**18
+_MAX_SKIPPED_RANKS = 100  # that commit.lua notes
 _LISTEN_TIMEOUT_S = 10.0
 _REPLICATION_TIMEOUT_S = 1.0
 _TABLE_COLUMNS = ("sample_id", "prior_score", "importance_weight")
@@ -583,6 +584,15 @@ class Store:
         bits = np.frombuffer(data[:num_bytes].ljust(num_bytes, b"\0"), np.uint8)  # a later run may have more ranks
         return np.unpackbits(bits, count=head.world_size).astype(np.bool_)
 
+    async def was_skipped(self, head: Head, epoch: int, rank: int) -> bool:
+        """Whether a past epoch has ended without a rank, as far as is known; also if it was too long ago to tell."""
+        plan_id = await self.plan_of_epoch(head, epoch + 1)
+        if plan_id is None:
+            return True
+        noted = await cast(Any, self._redis.hget(head.keys.plan(plan_id), "skipped_ranks")) or b""
+        skipped = noted.decode().split()
+        return str(rank) in skipped or len(skipped) == _MAX_SKIPPED_RANKS
+
     async def finish(self, head: Head, member: Member, *, plan_id: str, epoch: int) -> str:
         """Mark a rank as finished; see finish.lua for the answers."""
         experiment = head.keys
@@ -605,14 +615,13 @@ class Store:
         return cast(bytes, await self._run("pin", script_keys, args)).decode()
 
     async def lock_turn(self, head: Head, token: str, ttl_s: float) -> bool:
-        """Take or renew the lock of an experiment's turn. It only saves work: what is correct is up to the commit."""
-        ttl_ms = int(ttl_s * 1000)
-        if await self._redis.set(head.keys.turn_lock, token, nx=True, px=ttl_ms):
-            return True
-        if await self._redis.get(head.keys.turn_lock) != token.encode():
-            return False
-        await self._redis.pexpire(head.keys.turn_lock, ttl_ms)
-        return True
+        """Take the lock of an experiment's turn. It only saves work: what is correct is up to the commit."""
+        return bool(await self._redis.set(head.keys.turn_lock, token, nx=True, px=int(ttl_s * 1000)))
+
+    async def renew_turn_lock(self, head: Head, token: str, ttl_s: float) -> None:
+        """Hold the lock for longer, if it is still ours: once it was given back it is not taken again."""
+        if await self._redis.get(head.keys.turn_lock) == token.encode():
+            await self._redis.pexpire(head.keys.turn_lock, int(ttl_s * 1000))
 
     async def unlock_turn(self, head: Head, token: str) -> None:
         """Give the lock back, if it is still ours."""

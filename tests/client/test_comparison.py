@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import evosample
+from evosample.comparison import METHODS as METHODS_BY_DEFAULT
 from evosample.comparison import Comparison, Difference, Outcome, Trial, compare
 from evosample.comparison.page import write_page
 from evosample.comparison.trials import _name_of, _shown
@@ -126,6 +127,20 @@ def test_a_comparison_goes_on_where_it_stopped(client: evosample.Client, tmp_pat
     (tmp_path / "comparison.json").write_text("{}")
     with pytest.raises(evosample.InvalidArgumentError, match="is damaged, or no comparison"):
         compare(third, METHODS, **arguments)
+
+
+def test_a_method_that_draws_from_meta_batches_needs_them(client: evosample.Client, tmp_path: Path) -> None:
+    def train(trial: Trial) -> float:
+        experiment = trial.create_experiment(num_samples=80, mini_batch_size=8)
+        with trial.training():
+            for epoch in experiment.epochs():
+                for batch in epoch:
+                    batch.report(np.ones(8))
+        return 0.0
+
+    options: dict[str, Any] = {"num_epochs": 3, "output": tmp_path, "client": client, "show_progress": False}
+    with pytest.raises(evosample.UsageError, match="OrderedSGD draws mini-batches from meta-batches: pass meta_batch"):
+        compare(train, {"OrderedSGD": METHODS_BY_DEFAULT["OrderedSGD"]}, **options)
 
 
 def outcomes(name: str, num_epochs: int, metrics: list[float], seconds: float) -> list[Outcome]:

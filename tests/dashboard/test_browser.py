@@ -212,7 +212,7 @@ def test_two_experiments_lie_over_each_other(
     page.get_by_role("option", name=f"{name}-uniform").click()
     expect(page).to_have_url(re.compile(f"b={name}-uniform"))
     expect(page.get_by_text("Uniform")).to_be_visible()
-    for title in ("Mean loss", "Mean loss by work", "Saved", "Chosen", "Covered"):
+    for title in ("Mean loss", "Mean loss by work", "Chosen", "Covered"):
         assert [len(points) for points in plotted(page, title)] == [4, 4], title
     chosen = [[share for _, share in points] for points in plotted(page, "Chosen")]
     assert chosen == [[100, 25, 25, 100], [100, 100, 100, 100]]

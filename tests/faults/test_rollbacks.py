@@ -168,8 +168,9 @@ def test_of_an_epoch_that_an_outage_has_cut_short_the_lost_losses_are_sent_again
 
 
 @pytest.mark.parametrize("misses_an_epoch", [False, True])
+@pytest.mark.parametrize("is_told_at_its_end", [False, True])
 def test_stragglers_send_again_what_had_counted_and_nothing_else(
-    start_replica: StartReplica, store: StandaloneStore, misses_an_epoch: bool
+    start_replica: StartReplica, store: StandaloneStore, misses_an_epoch: bool, is_told_at_its_end: bool
 ) -> None:
     server = start_replica()
     with evosample.connect(server.address) as here, evosample.connect(server.address) as there:
@@ -191,10 +192,14 @@ def test_stragglers_send_again_what_had_counted_and_nothing_else(
             earlier = snapshot(store)
             go_through(epoch)
             epoch = next(quick)
-        go_through(late, 1)
-        slow.flush()
-        assert go_through(late) == 0
+        if is_told_at_its_end:
+            assert go_through(late) == 7
+        else:
+            go_through(late, 1)
+            slow.flush()
+            assert go_through(late) == 0
         after = next(slow)
+        assert (late.is_closed, late.num_reported) == (True, 3)
         assert after.number == epoch.number
         expected = [here.get_experiment("e").export_scores().scores.tobytes()]
         go_back(store, earlier)

@@ -181,12 +181,12 @@ class Experiment:
                 self.sampling_weights[i] = F(math.fsum(visited) / len(visited))
 
     def floor_of(self, epoch: int) -> list[int]:
-        """Of each group those of the highest weights; of equal ones those with the smallest bits."""
+        """Of each group those without a loss, then the highest weights; of equal ones those with the smallest bits."""
         ties = random_bits(self.spec.seed, Purpose.FLOORS, epoch, 0, 0, self.n)
         found = []
         for group in range(self.spec.num_groups):
             members = [i for i in range(self.n) if self.groups[i] == group]
-            members.sort(key=lambda i: (-self.sampling_weights[i], ties[i]))
+            members.sort(key=lambda i: (self.visits[i] > 0, -self.sampling_weights[i], ties[i]))
             found += members[: math.ceil(Fraction(str(self.spec.group_floor)) * len(members))]
         return found
 

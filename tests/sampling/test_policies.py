@@ -389,6 +389,7 @@ def first_step_means(
     num_seeds: int,
     world_size: int = 2,
     *,
+    mini_batch_size: int = 4,
     first_draws: bool = False,
 ) -> tuple[NDArray[np.float64], float]:
     """Means of importance_weight * loss over mini-batches, one an epoch planned anew; and the dataset's mean loss.
@@ -403,7 +404,8 @@ def first_step_means(
     # estimated exactly by draws of whatever probabilities
     means = []
     for seed in range(num_seeds):
-        spec = spec_of(policy, importance_weight, num_samples=n, meta_batch_size=rows, mini_batch_size=4, seed=seed)
+        sizes = {"num_samples": n, "meta_batch_size": rows, "mini_batch_size": mini_batch_size}
+        spec = spec_of(policy, importance_weight, **sizes, seed=seed)
         epoch = NUM_EPOCHS // 2
         (ids, prior_scores, set_weights), shape = plan_epoch(spec, epoch, scores)
         assert set_weights is not None
@@ -427,10 +429,10 @@ def first_step_means(
                 weights *= len(keep_samples(spec, epoch, scores).sample_ids) / n
             if first_draws:
                 weights = np.ones(len(chosen))
-                if policy.prune_ratio:
+                if spec.policy.prune_ratio:
                     p = scores.sampling_weights / scores.sampling_weights.sum(dtype=np.float64)
                     weights /= n * p[ids[chosen]]
-                if policy.batch_level == "scored":
+                if spec.selects:
                     w = policy.sampling_weights(prior_scores[mine], losses[ids[mine]], len(chosen)).astype(np.float64)
                     weights /= len(mine) * (w / w.sum())[found.positions]
             terms += (weights * losses[ids[chosen]]).tolist()
@@ -465,6 +467,15 @@ def test_importance_weights_of_both_levels_together_estimate_the_mean_loss_witho
     policy: Policy, importance_weight: ImportanceWeight
 ) -> None:
     assert is_unbiased(*first_step_means(policy, importance_weight, 1000))
+
+
+@pytest.mark.parametrize("set_draw", ["successive", "systematic"])
+def test_without_scoring_the_weights_of_the_set_level_alone_estimate_the_mean_loss_without_bias(
+    set_draw: DrawMethod,
+) -> None:
+    policy = EvolvedSampling(beta1=0.8, beta2=0, set_draw=set_draw)
+    assert is_unbiased(*first_step_means(policy, "unbiased", 1000, mini_batch_size=12))
+    assert not is_unbiased(*first_step_means(policy, "unbiased", 1000, mini_batch_size=12, first_draws=True))
 
 
 @pytest.mark.parametrize("batch_draw", ["successive", "systematic", "with_replacement"])

@@ -16,6 +16,8 @@ from scipy import stats
 from evosample.sampling import (
     EvolvedSampling,
     ExperimentSpec,
+    Groups,
+    Mixture,
     Policy,
     Report,
     Scores,
@@ -120,3 +122,28 @@ def test_samples_that_come_late_wait_no_longer(n: int) -> None:
     for epoch in range(5, 10):
         bound = n // 2 * 0.75 ** (epoch - 4)
         assert left[epoch][1] < bound + Z * np.sqrt(bound)
+
+
+@pytest.mark.parametrize("mixture", [None, Mixture(weights=(1, 1, 1, 1))])
+def test_floors_and_mixtures_leave_no_more_of_a_group_whose_losses_are_high(mixture: Mixture | None) -> None:
+    """Within a hard group, samples without a loss would otherwise rank below all that had one."""
+    n, rng = 4_000, np.random.default_rng(0)
+    groups = Groups((np.arange(n) % 4).astype(np.uint16))
+    losses = (rng.lognormal(0, 0.3, n) * np.where(groups.ids == 0, 5, 0.5)).astype(np.float32)
+    scores = initial_scores(n)
+    for epoch in range(10):
+        spec = ExperimentSpec(
+            num_samples=n,
+            num_epochs=10,
+            mini_batch_size=20,
+            num_groups=4,
+            group_floor=0.2 if mixture is None else 0.0,
+            mixture=mixture,
+        )
+        scores = starting_scores(scores, n, {})
+        shares = None if mixture is None else mixture.first_weights(np.full(4, n // 4))
+        ids = plan_epoch(spec, epoch, scores, groups, shares).table.sample_ids
+        fold_epoch(spec, scores, ids, Report(losses[ids], np.ones(len(ids), np.bool_), {}))
+        left = np.bincount(groups.ids[scores.num_visits == 0], minlength=4)
+        bound = n / 4 * 0.755 ** (epoch + 1)  # 20 of 1,000 may fall out of the whole steps
+        assert (left < bound + Z * np.sqrt(bound)).all()

@@ -278,6 +278,48 @@ def test_finishing_with_other_losses_than_were_recorded_names_what_to_send_again
     assert not job.finish(0, start.plan_id, **told).missing_steps
 
 
+def test_the_last_report_may_come_with_the_end_of_an_epoch_and_again(
+    stub: pb_grpc.SelectionServiceStub, name: str
+) -> None:
+    exported = []
+    for is_last_apart in (True, False):
+        job = Job(stub, f"{name}-{is_last_apart}")
+        start, _ = job.stream(0)
+        losses = fixed_losses(start.num_steps * B, 1)[0]
+        first, count = start.num_steps - 3, 3
+        job.report(start.plan_id, losses[: first * B])
+        told: dict[str, Any] = {"reported_rows": len(losses), "checksum": checksum(losses)}
+        if is_last_apart:
+            job.report(start.plan_id, losses[first * B :], first)
+        else:
+            bad = pb.ReportLossesRequest(first_step=first, num_steps=count, losses=b"123")
+            assert refused(job.finish, 0, start.plan_id, last_report=bad)[:2] == ("INVALID_ARGUMENT", "losses")
+            last = losses[first * B :].tobytes()
+            told["last_report"] = pb.ReportLossesRequest(first_step=first, num_steps=count, losses=last)
+        assert not job.finish(0, start.plan_id, **told).missing_steps
+        assert not job.finish(0, start.plan_id, **told).missing_steps, "the answer may have got lost"
+        job.stream(1)
+        assert not job.finish(0, start.plan_id, **told).missing_steps, "also once the next epoch has begun"
+        exported.append(job.export())
+    assert exported[0] == exported[1]
+
+
+def test_the_last_report_of_a_rank_without_which_an_epoch_has_ended_is_refused(
+    stub: pb_grpc.SelectionServiceStub, name: str
+) -> None:
+    job = Job(stub, name, world_size=2)
+    joined = stub.JoinRun(pb.JoinRunRequest(ref=job.ref, run_id="run", rank=1, world_size=2))
+    late = pb.Member(ref=job.ref, generation=joined.generation, rank=1, claim=joined.claim)
+    start, _ = job.stream(0)
+    report = pb.ReportLossesRequest(num_steps=1, losses=np.ones(B // 2, "<f4").tobytes())
+    request = pb.FinishEpochRequest(member=late, plan_id=start.plan_id, last_report=report)
+    job.finish(0, start.plan_id)
+    stub.ForceFinishEpoch(pb.ForceFinishEpochRequest(ref=job.ref, epoch=0))
+    assert refused(stub.FinishEpoch, request)[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
+    job.stream(1)
+    assert refused(stub.FinishEpoch, request)[:2] == ("FAILED_PRECONDITION", "EPOCH_CLOSED")
+
+
 def test_losses_for_an_epoch_that_is_over_are_refused(stub: pb_grpc.SelectionServiceStub, name: str) -> None:
     job = Job(stub, name)
     start, _ = job.stream(0)

@@ -1,7 +1,7 @@
 """Compare selection methods on your own training, and with random subsets that train as long. Needs evosample[compare].
 
 def train(trial: Trial) -> float:
-    experiment = trial.create_experiment(num_samples=60_000, meta_batch_size=256, mini_batch_size=64)
+    experiment = trial.create_experiment(num_samples=60_000, mini_batch_size=64, meta_batch_size=256)
     torch.manual_seed(trial.seed)
     ...                                   # model, data
     with trial.training():                # what is timed

@@ -129,6 +129,12 @@ class Trial:
         own = {"name", "num_epochs", "policy", "seed"} & settings.keys()
         if own:
             raise UsageError(f"{', '.join(sorted(own))}: up to the trial; leave it out, and take it from there")
+        is_unscored = meta_batch_size is None and "meta_batch_size" not in self._settings
+        if is_unscored and self.method in METHODS and self.policy.batch_level == "scored":
+            raise UsageError(
+                f"{self.method} draws mini-batches from meta-batches: pass meta_batch_size as well, such as four times "
+                "mini_batch_size (the other methods ignore it); or leave the method out"
+            )
         sizes = {"num_samples": num_samples, "mini_batch_size": mini_batch_size, "meta_batch_size": meta_batch_size}
         self.experiment = self._client.create_experiment(
             f"compare-{secrets.token_hex(8)}",

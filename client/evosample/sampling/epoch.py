@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evosample.sampling.draws import draw
-from evosample.sampling.groups import DoReMi, Groups, floor_samples, floor_sizes, group_sizes, shared_out
+from evosample.sampling.groups import (
+    DoReMi,
+    Groups,
+    floor_samples,
+    floor_sizes,
+    group_sizes,
+    shared_out,
+    weights_within_groups,
+)
 from evosample.sampling.layout import sample_id_dtype
 from evosample.sampling.philox import BLOCK_ROWS, Purpose, random_bits
 from evosample.sampling.scores import Scores, clipped_losses
@@ -99,9 +107,9 @@ def keep_samples(
 ) -> KeptSamples:
     """The set level: which samples `epoch` keeps, ascending, and which it only scores.
 
-    What has to be kept is: what keeps groups at their floors; with a policy that goes by scores a sample without a
-    finite loss yet, before all others, since at its starting score of 1/n it would hardly ever be drawn; and with any
-    policy one that had none in `max_skipped_epochs` epochs. Of the rest the policy keeps what it likes, with a mixture
+    What has to be kept is: what keeps groups at their floors; where `policy.keeps_unvisited`, every sample without a
+    finite loss yet, before all others; and with any policy one that had none in `max_skipped_epochs` epochs. Of the
+    rest the policy keeps what it likes, with a mixture
     of each group by itself. An epoch that would come to less than one meta-batch leaves nothing out; nor does one that
     would hide less than one, since these would never be scored, and so stay hidden for good.
 
@@ -120,7 +128,9 @@ def keep_samples(
         least = floor_sizes(groups.ids, spec.num_groups, spec.group_floor)
         # By the draw's own bits those that are left over would be favoured.
         ties = random_bits(spec.seed, Purpose.FLOORS, epoch, 0, 0, num_samples)
-        floor = floor_samples(groups.ids, least, is_owed, scores.sampling_weights, ties)
+        # Whoever is in by its weight alone would keep those out that have none of their own yet.
+        goes_first = is_owed | (scores.num_visits == 0)
+        floor = floor_samples(groups.ids, least, goes_first, scores.sampling_weights, ties)
     wants_probabilities = spec.importance_weight != "none"
 
     def everything() -> KeptSamples:
@@ -144,7 +154,10 @@ def keep_samples(
             inclusion_probabilities[owed[uniform.rows]] = uniform.inclusion_probabilities
     is_forced = forced.copy()
     hidden: list[NDArray[np.int64]] = []
-    columns = {"scores": scores.scores, "sampling_weights": scores.sampling_weights, **scores.columns}
+    weights = scores.sampling_weights
+    if groups is not None and mixture is not None:
+        weights = weights_within_groups(weights, scores.num_visits, groups.ids, spec.num_groups)
+    columns = {"scores": scores.scores, "sampling_weights": weights, **scores.columns}
     if policy.is_adaptive:  # it goes by all samples that have a loss; what it may not leave out is put back
         has_loss = (scores.num_visits > 0) | (not policy.keeps_unvisited)
         shares = iter([(_where(has_loss), int(np.count_nonzero(has_loss)))])

@@ -125,23 +125,23 @@ def floor_sizes(ids: NDArray[np.uint16], num_groups: int, floor: float) -> NDArr
 def floor_samples(
     ids: NDArray[np.uint16],
     least: NDArray[np.int64],
-    is_owed: NDArray[np.bool_],
+    goes_first: NDArray[np.bool_],
     weights: NDArray[np.float32],
     bits: NDArray[np.uint64],
 ) -> NDArray[np.bool_]:
     """The samples that keep groups at their floors: bool [n].
 
-    Of each group so many as it has to keep: those first that are owed a place anyway, then by their weights,
-    descending; of equal ones those with the smallest bits.
+    Of each group so many as it has to keep: those that go first, then by their weights, descending; of equal ones those
+    with the smallest bits.
 
     Args:
         ids: uint16 [n].
         least: int64 [G]: how many of each group, at most its size.
-        is_owed: bool [n].
+        goes_first: bool [n]: samples that are owed a place anyway, and those without a loss.
         weights: float32 [n].
         bits: uint64 [n], independent random bits.
     """
-    order = np.lexsort((bits, -weights, ~is_owed, ids))
+    order = np.lexsort((bits, -weights, ~goes_first, ids))
     sorted_ids = ids[order].astype(np.int64)
     starts = np.searchsorted(sorted_ids, np.arange(len(least)))
     is_in = np.arange(len(ids)) - starts[sorted_ids] < least[sorted_ids]
@@ -183,3 +183,21 @@ def mean_by_group(values: NDArray[np.float32], ids: NDArray[np.uint16], num_grou
     with np.errstate(invalid="ignore"):
         mean: NDArray[np.float64] = np.bincount(ids, values, num_groups) / np.bincount(ids, minlength=num_groups)
     return mean
+
+
+def weights_within_groups(
+    weights: NDArray[np.float32], num_visits: NDArray[np.uint16], ids: NDArray[np.uint16], num_groups: int
+) -> NDArray[np.float32]:
+    """Sampling weights for draws within groups, float32 [n]: samples without a loss have the mean of their own group's.
+
+    Where none of a group has had a loss they keep what they have.
+
+    Args:
+        weights: float32 [n].
+        num_visits: uint16 [n].
+        ids: uint16 [n], the samples' groups.
+    """
+    is_visited = num_visits > 0
+    means = mean_by_group(weights[is_visited], ids[is_visited], num_groups)[ids]
+    found: NDArray[np.float32] = np.where(is_visited | np.isnan(means), weights, means.astype(np.float32))
+    return found

@@ -199,7 +199,7 @@ class EvolvedSampling(Policy):
     Where the mini-batch is the meta-batch (the default), that is all: a step trains on all its rows, and none scores.
     Where it is smaller, a step scores the B samples of its meta-batch in a forward pass and back-propagates b of them,
     drawn in proportion to w as well: ES as published, with `prune_ratio` > 0 ESWP, with beta1 = beta2 = 0 loss-based
-    sampling.
+    sampling. Settings that are not given are None until an `ExperimentSpec` fills them in.
 
     A sample without a loss has the mean weight of the others, so it is drawn at least as often as the average sample:
     after E epochs a share of at most prune_ratio^E has never been visited (`starting_scores` derives it).
@@ -269,7 +269,7 @@ class Uniform(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSubset(Policy):
-    """The baseline that any selection has to beat: EvolvedSampling without a scoring pass, with equal weights.
+    """The baseline that any selection has to beat: EvolvedSampling without a scoring pass, all samples equally likely.
 
     Args:
         prune_ratio: share r of the dataset that an epoch leaves out, in [0, 1); an epoch keeps one step at least.

@@ -76,8 +76,8 @@ def starting_scores(scores: Scores, num_samples: int, columns: Mapping[str, floa
     concave, so the mean of pi over the visited samples is at most pi(m) (Jensen's inequality), which is what each
     unvisited sample has: at least the mean over all samples, 1 - r. After E epochs at most n * r^E samples are expected
     to be unvisited. A sample that is added later is expected to wait no longer. (Of what is kept, the rows that fill no
-    step are dropped: r is the share that is left out with these.) The guarantee for every sample is
-    `max_skipped_epochs`.
+    step are dropped: r is the share that is left out with these. Where groups have floors, samples without a loss fill
+    these first.) The guarantee for every sample is `max_skipped_epochs`.
 
     Args:
         scores: of the first samples; their sampling weights are changed.

@@ -256,11 +256,18 @@ class ExperimentSpec:
                 "ever be selected. To train on everything use Uniform()",
             )
         if not self.selects and not policy.is_adaptive and self.num_places == self.num_samples:
+            if self.num_samples == self.meta_batch_size:
+                raise InvalidValue(
+                    "num_samples",
+                    self.num_samples,
+                    f"more than one step of {self.meta_batch_size:,}: an epoch would always be the whole dataset, and "
+                    "nothing would ever be selected. Take a smaller batch size; to train on everything use Uniform()",
+                )
             raise InvalidValue(
-                "num_samples",
-                self.num_samples,
-                f"more than one step of {self.meta_batch_size:,}: an epoch would always be the whole dataset, and "
-                "nothing would ever be selected. Take a smaller batch size; to train on everything use Uniform()",
+                "prune_ratio",
+                policy.prune_ratio,
+                f"a ratio that leaves out one of the {self.num_samples:,} samples at least: nothing would ever be "
+                "selected. To train on everything use Uniform()",
             )
         if isinstance(policy, EvolvedSampling) and not self.selects:
             self._check_comes_back(policy)
@@ -365,10 +372,10 @@ class ExperimentSpec:
             num_scored = shape.num_selecting_steps * shape.step_rows
             cost += count * (num_scored + 3 * shape.num_trained)
             visited += count * shape.num_rows
-        return 1 - cost / (3 * visited)
+        return max(1 - cost / (3 * visited), 0.0)
 
     def extent(self) -> str:
-        """How much training the whole run makes, in words."""
+        """The size of the whole run in words."""
         num_rows, num_trained = self.num_rows_before(self.num_epochs), self.num_trained_before(self.num_epochs)
         most = "at most " if self.policy.is_adaptive else ""
         said = f"{self.num_epochs:,} epochs, {most}{self.total_steps:,} steps"

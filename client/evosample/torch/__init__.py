@@ -1,10 +1,9 @@
 """PyTorch: a loader that yields what there is to train on, over any map-style dataset.
 
-per_sample = lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-loader = evosample.torch.Loader(train_set, experiment, model=model, score=per_sample)
+loader = evosample.torch.Loader(train_set, experiment)
 for epoch in range(num_epochs):
-    for batch in loader:
-        loss = loader.mean(per_sample(batch))
+    for images, labels in loader:
+        loss = loader.mean(F.cross_entropy(model(images), labels, reduction="none"))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

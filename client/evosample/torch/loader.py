@@ -65,7 +65,7 @@ class MetaBatch:
 
     @property
     def lacks_samples(self) -> bool:
-        """Whether some could not be loaded."""
+        """True if some could not be loaded."""
         return self._positions is not None
 
     @property
@@ -208,7 +208,8 @@ class Loader:
                     )
         for option in sorted(_PLANNED_OPTIONS & options.keys()):
             raise InvalidArgumentError(
-                f"{option}={options[option]!r}: which samples are loaded and in what order is up to the experiment",
+                f"{option}={options[option]!r}: leave it out. Which samples are loaded, and in what order, is up to "
+                "the experiment; your batch size is the mini_batch_size of create_experiment",
                 field=option,
             )
         for field, function in (("score", score), ("take", take)):
@@ -677,7 +678,7 @@ class _PlannedBatches:
 
 
 class _Incomplete(NamedTuple):
-    """What a worker makes of a step of which it could not load some samples: the others, collated.
+    """A step of which a worker could not load some samples: the others, collated.
 
     Attributes:
         missing: int64, their positions.

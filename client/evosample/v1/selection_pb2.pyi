@@ -1530,7 +1530,9 @@ class ImportScoresRequest(google.protobuf.message.Message):
     sampling_weights: builtins.bytes
     """float32 a sample; finite, >= 0."""
     num_visits: builtins.bytes
-    """uint16 a sample: finite losses behind its score. Samples with 0 are visited before all others. Empty: 1 each."""
+    """uint16 a sample: finite losses behind its score. Samples with 0 have the mean sampling weight of the others instead of
+    their own, or are visited before all others, as the policy has it. Empty: 1 each.
+    """
     num_samples: builtins.int
     """In the first message only: samples that follow in all. INVALID_ARGUMENT unless the experiment has as many."""
     @property
