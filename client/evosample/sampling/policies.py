@@ -202,7 +202,7 @@ class EvolvedSampling(Policy):
     sampling. Settings that are not given are None until an `ExperimentSpec` fills them in.
 
     A sample without a loss has the mean weight of the others, so it is drawn at least as often as the average sample:
-    after E epochs a share of at most prune_ratio^E has never been visited (`starting_scores` derives it).
+    after E epochs a share of at most prune_ratio^E is expected to be unvisited (`starting_scores` derives it).
 
     Args:
         beta1: weight of the score in w, in [0, 1].
