@@ -176,29 +176,8 @@ class Planner:
                 renewal.cancel()
                 if outcome != "made":  # else the commit has given the lock back
                     await self._store.unlock_turn(head, token)
-        # Those who wait for the epoch are woken first: nobody waits for old ones to be removed.
-        collecting = self._collect_in_background(head)
-        try:
-            self._tasks.create_task(collecting)
-        except RuntimeError:  # the server is stopping; the next turn collects
-            collecting.close()
         await self.announce(head.uid)
         return True
-
-    async def _collect_in_background(self, head: Head) -> None:
-        try:
-            await self._collect(head)
-        except RedisError as error:  # the next turn collects; a task group's task must not raise
-            _log.warning("collecting failed for now", experiment=head.name.name, epoch=head.epoch, cause=str(error))
-        except Exception:  # noqa: BLE001  # as for turns in the background
-            _log.exception("collecting failed", experiment=head.name.name, epoch=head.epoch)
-
-    async def _collect(self, head: Head) -> None:
-        """Remove what the experiment no longer needs."""
-        current = await self._store.head(head.name)
-        if current is not None and current.uid == head.uid:
-            with self._phase("collect"):
-                await self._store.collect(current)
 
     async def _renew_lock(self, head: Head, token: str) -> None:
         while True:
@@ -329,8 +308,6 @@ class Planner:
             head, head.epoch, secrets.token_hex(8), scores, RowCounts(), spec, groups, mixture, is_imported=is_imported
         )
         await self.announce(head.uid)
-        if is_committed:
-            await self._collect(head)
         return is_committed
 
     async def _plan(
@@ -411,6 +388,10 @@ class Planner:
             await store.collect(head, lost_plan=plan_id)
             return False
         _log.info("epoch planned", experiment=head.name.name, epoch=epoch, state=state, **row_counts._asdict())
+        with self._phase("collect"):
+            current = await store.head(head.name)
+            if current is not None and current.uid == head.uid:
+                await store.collect(current)
         return True
 
 

