@@ -37,6 +37,7 @@ from evosample.sampling import (
     starting_scores,
 )
 from evosample.v1 import selection_pb2 as pb
+from stores import StandaloneStore
 from support import ServerProcess, columns_of, fixed_losses, train
 
 SETTINGS: dict[str, Any] = {
@@ -169,6 +170,27 @@ def disturbing(work: Callable[[random.Random, threading.Event], None], seed: int
         finally:
             stopping.set()
             job.result()
+
+
+def lose_last_writes(store: StandaloneStore, seconds: float, stopping: threading.Event) -> int:
+    """Cut the store's power, which costs its log what it was given in so many seconds. Returns how many bytes.
+
+    That is one write at least, unless nothing comes for two seconds more: a job that waits before its last epoch until
+    the harm is done writes nothing.
+    """
+    (log,) = store.folder.glob("appendonlydir/*.incr.aof")
+    synced_bytes = log.stat().st_size
+    stopping.wait(seconds)
+    for _ in range(200):
+        if log.stat().st_size > synced_bytes:
+            break
+        stopping.wait(0.01)
+    store.kill()
+    num_lost = log.stat().st_size - synced_bytes
+    with log.open("r+b") as file:
+        file.truncate(synced_bytes)
+    store.start()
+    return num_lost
 
 
 class Turns:

@@ -93,6 +93,8 @@ def test_figures_are_what_a_job_did(watched: ServerProcess, watched_client: evos
 
     experiment = watched_client.create_experiment(name, **SETTINGS)
     train(experiment, losses, before_step=look)
+    in_turns = ("evosample_turn_seconds_count", "collect")  # the job may see the last epoch's end before the turn's
+    wait_until(lambda: scrape(watched)[in_turns] - before.get(in_turns, 0) == EPOCHS + 1, "the last turn to end")
     after = scrape(watched)
 
     def grown(*key: str) -> float:
