@@ -125,6 +125,6 @@ def epoch_ends(sizes: list[int], num_epochs: int) -> Iterator[Row]:
                 f"waiting in the core client at an epoch's end, {num_samples:,} samples",
                 waits,
                 "ms",
-                6 if num_samples <= 100_000 else None,
+                6,
                 higher_is_better=False,
             )

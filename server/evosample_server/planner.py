@@ -346,7 +346,8 @@ class Planner:
             return False
         # While the table is made, the store takes the scores, and another thread sums up the epoch before. Few scores
         # are written together with the table.
-        is_apart = not has_scores and _rows_of_work(spec) > FEW_ROWS
+        num_rows = _rows_of_work(spec)
+        is_apart = not has_scores and num_rows > FEW_ROWS
         writing = None
         if is_apart:
             writing = asyncio.create_task(store.write(head, plan_id, scores=scores))
@@ -354,8 +355,7 @@ class Planner:
         try:
             if not is_last:
                 with self._phase("plan"), _blaming(spec.policy):
-                    n = _rows_of_work(spec)
-                    table, shape = await in_thread(n, plan_epoch, spec, epoch, scores, groups, mixture)
+                    table, shape = await in_thread(num_rows, plan_epoch, spec, epoch, scores, groups, mixture)
                 counting = asyncio.create_task(in_thread(spec.num_samples, _checksum_and_new_rows, table, was_there))
             with self._phase("write"):
                 if writing is not None and not await writing:

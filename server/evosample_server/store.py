@@ -682,12 +682,7 @@ class Store:
         return bool(await cast(Any, self._redis.hexists(head.keys.plan(head.plan_id), "imported")))
 
     async def write(
-        self,
-        head: Head,
-        plan_id: str,
-        *,
-        scores: Scores | None = None,
-        table: Table | None = None,
+        self, head: Head, plan_id: str, *, scores: Scores | None = None, table: Table | None = None
     ) -> bool:
         """Write a plan's scores, its table or both; False if it was collected meanwhile, or the store has lost some."""
         columns: dict[str, Any] = {}
@@ -737,12 +732,7 @@ class Store:
         return await self._read(head, head.groups_id, "group", np.uint16, first, count, head.groups_size)
 
     async def _write_columns(
-        self,
-        head: Head,
-        plan_id: str,
-        columns: dict[str, NDArray[Any]],
-        *,
-        is_cached: bool,
+        self, head: Head, plan_id: str, columns: dict[str, NDArray[Any]], *, is_cached: bool
     ) -> bool:
         """Write columns; False if what they belong to was collected meanwhile, or is now, as the store has lost some.
 

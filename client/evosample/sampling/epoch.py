@@ -109,9 +109,9 @@ def keep_samples(
 
     What has to be kept is: what keeps groups at their floors; where `policy.keeps_unvisited`, every sample without a
     finite loss yet, before all others; and with any policy one that had none in `max_skipped_epochs` epochs. Of the
-    rest the policy keeps what it likes, with a mixture
-    of each group by itself. An epoch that would come to less than one meta-batch leaves nothing out; nor does one that
-    would hide less than one, since these would never be scored, and so stay hidden for good.
+    rest the policy keeps what it likes, with a mixture of each group by itself. An epoch that would come to less than
+    one meta-batch leaves nothing out; nor does one that would hide less than one, since these would never be scored,
+    and so stay hidden for good.
 
     Args:
         groups: None where there are none.

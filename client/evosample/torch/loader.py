@@ -428,7 +428,6 @@ class Loader:
 
     def _meta_batches(self, epoch: Epoch) -> Iterator[MetaBatch]:
         self._is_exhausted = False
-        assert self._run is not None
         self._planned.begin(epoch, self.experiment.spec.num_samples)
         self._generator.manual_seed(self._worker_seed(epoch))
         data_batches = iter(self._data_loader)
